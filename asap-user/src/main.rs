@@ -1,0 +1,3 @@
+//! The one binary: client and agent.
+
+fn main() {}

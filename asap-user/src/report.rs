@@ -1,0 +1,413 @@
+//! The words that engine, agent and command line share: what can be asked, what is reported, how a refusal looks.
+//! Plain data, serialised as it is over the agent's socket and by `--json`.
+
+use crate::address::TargetAddr;
+use serde::{Deserialize, Serialize};
+
+/// What a client asks of the agent.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "kebab-case")]
+pub enum Request {
+    /// Take a process (and its descendants of the same executable) into care.
+    Attach(AttachRequest),
+    /// Replace functions.
+    Patch(PatchRequest),
+    /// Take a patch out again.
+    Revert(RevertRequest),
+    /// Leave a target; patches stay unless asked otherwise.
+    Detach(DetachRequest),
+    /// What is attached and in what state.
+    Status(StatusRequest),
+    /// Which patches are in.
+    List(StatusRequest),
+    /// End the agent; targets stay as they are.
+    Shutdown,
+}
+
+/// `asap attach`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct AttachRequest {
+    /// Process to attach to.
+    pub pid: i32,
+    /// That process alone, without its descendants.
+    pub only: bool,
+}
+
+/// `asap patch`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PatchRequest {
+    /// The attached target (root process); none: the only one there is.
+    pub pid: Option<i32>,
+    /// Functions to replace, as the user wrote them (`f`, `file.c:f`, demangled names); empty: what the objects declare.
+    pub functions: Vec<String>,
+    /// Address of the function where its name is ambiguous (as `asap` printed it: an address in the image file).
+    pub address: Option<u64>,
+    /// The object files.
+    pub files: Vec<PatchFile>,
+    /// A name for the patch; none: derived from the first file's name.
+    pub name: Option<String>,
+    /// Say what would happen, change nothing.
+    pub dry_run: bool,
+    /// Give up after so many milliseconds without a quiescent moment.
+    pub timeout_ms: u64,
+    /// Whether old activations must have ended.
+    pub consistency: Consistency,
+    /// How the new code is reached.
+    pub mechanism: Mechanism,
+}
+
+/// One object file of a patch, sent by content: the agent opens no paths on behalf of a client.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PatchFile {
+    /// File name, for messages only.
+    pub name: String,
+    /// The file's bytes.
+    #[serde(with = "base64_bytes")]
+    pub bytes: Vec<u8>,
+}
+
+/// `asap revert`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RevertRequest {
+    /// The attached target; none: the only one there is.
+    pub pid: Option<i32>,
+    /// Patch name or id; none: the newest.
+    pub patch: Option<String>,
+    /// Give up after so many milliseconds.
+    pub timeout_ms: u64,
+    /// Whether activations of the patch must have ended.
+    pub consistency: Consistency,
+}
+
+/// `asap detach`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DetachRequest {
+    /// The attached target; none: the only one there is.
+    pub pid: Option<i32>,
+    /// Revert all patches first, and leave no trace.
+    pub revert: bool,
+    /// Time limit of the reverts, milliseconds.
+    pub timeout_ms: u64,
+}
+
+/// `asap status`, `asap list`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct StatusRequest {
+    /// One target; none: all.
+    pub pid: Option<i32>,
+}
+
+/// When new code may be installed (promise P3).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Consistency {
+    /// No thread is inside the old function.
+    #[default]
+    Quiescent,
+    /// At once; old activations finish in old code.
+    Lazy,
+}
+
+/// How calls reach the new function.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mechanism {
+    /// The best that works here.
+    #[default]
+    Auto,
+    /// A jump at the function's entry, installed by exchanging the text page.
+    Page,
+    /// An eBPF uprobe program that writes the instruction pointer; needs a kernel that allows it.
+    Redirect,
+}
+
+/// A patch's number, unique within a target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct PatchId(pub u32);
+
+/// What the agent answers, one per line; any number of `Progress`, then one of the others.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "kebab-case")]
+pub enum Reply {
+    /// Still at it.
+    Progress(Progress),
+    /// Answer to `Attach`.
+    Attached(AttachReport),
+    /// Answer to `Patch`.
+    Patched(PatchReport),
+    /// Answer to `Revert`.
+    Reverted(PatchReport),
+    /// Answer to `Detach`.
+    Detached(DetachReport),
+    /// Answer to `Status` and `List`.
+    Status(StatusReport),
+    /// Answer to `Shutdown`.
+    Bye,
+    /// Refused or failed.
+    Failed(Failure),
+}
+
+/// A step of a longer operation.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Progress {
+    /// What is being done, for a person.
+    pub step: String,
+    /// Part done, 0.0..=1.0, where known.
+    pub fraction: Option<f64>,
+}
+
+/// What `attach` did.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct AttachReport {
+    /// The target's state after attach.
+    pub target: TargetReport,
+    /// An earlier agent's patches were found in it and taken over.
+    pub adopted: bool,
+    /// Time from request to end, microseconds.
+    pub total_us: u64,
+    /// Longest stop of one thread, microseconds.
+    pub longest_stop_us: u64,
+}
+
+/// One attached target: a process and those of its descendants that run the same executable.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TargetReport {
+    /// The process that was attached to.
+    pub pid: i32,
+    /// Its executable, as the target sees it.
+    pub executable: String,
+    /// Build-id of the executable, hex, where it has one.
+    pub build_id: Option<String>,
+    /// All processes of the target.
+    pub processes: Vec<ProcessReport>,
+    /// Patches, oldest first.
+    pub patches: Vec<InstalledPatch>,
+    /// Things the administrator should know (foreign breakpoints, fall-backs in use).
+    pub notes: Vec<String>,
+}
+
+/// One process of a target.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ProcessReport {
+    /// Process id.
+    pub pid: i32,
+    /// Number of threads.
+    pub threads: usize,
+    /// Patches active in it.
+    pub patches: Vec<PatchId>,
+}
+
+/// A patch that is in.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct InstalledPatch {
+    /// Number within the target.
+    pub id: PatchId,
+    /// Name.
+    pub name: String,
+    /// SHA-256 of the object files, hex.
+    pub sha256: String,
+    /// When it went in, seconds since the epoch.
+    pub installed_at: u64,
+    /// The functions it replaces.
+    pub functions: Vec<FunctionReport>,
+}
+
+/// One replaced function.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct FunctionReport {
+    /// Name, demangled.
+    pub name: String,
+    /// File name of the module it lives in.
+    pub module: String,
+    /// Entry of the function in the target.
+    pub old: TargetAddr,
+    /// Entry of its replacement; equal in all processes of a target that were forked after the patch, else of the first.
+    pub new: TargetAddr,
+}
+
+/// What `patch` or `revert` did.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PatchReport {
+    /// The patch.
+    pub patch: InstalledPatch,
+    /// Per process.
+    pub processes: Vec<ProcessPatchReport>,
+    /// Nothing was changed.
+    pub dry_run: bool,
+    /// From request to active everywhere, microseconds.
+    pub total_us: u64,
+    /// What the user should know.
+    pub notes: Vec<String>,
+}
+
+/// What happened in one process.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct ProcessPatchReport {
+    /// Process id.
+    pub pid: i32,
+    /// How quiescence was established, for a person ("gate and stack walks", "uprobe counts", "stop all", "lazy").
+    pub quiescence: String,
+    /// How often it was tried.
+    pub attempts: u32,
+    /// Threads it has.
+    pub threads: usize,
+    /// Threads that were stopped for a look at their stack.
+    pub threads_stopped: usize,
+    /// Longest of those stops, microseconds.
+    pub longest_stop_us: u64,
+    /// Threads that waited at a closed gate.
+    pub threads_parked: usize,
+    /// Longest time a gate was closed, microseconds: the upper bound of any thread's wait.
+    pub longest_gate_us: u64,
+}
+
+/// What `detach` did.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DetachReport {
+    /// The target that was left.
+    pub pid: i32,
+    /// Patches taken out.
+    pub reverted: Vec<InstalledPatch>,
+    /// Patches that stay.
+    pub remaining: Vec<InstalledPatch>,
+    /// Text bytes and memory map were compared with the state before attach and are the same.
+    pub clean: Option<bool>,
+}
+
+/// `status` and `list`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StatusReport {
+    /// The agent's pid.
+    pub agent: i32,
+    /// Its version.
+    pub version: String,
+    /// All attached targets.
+    pub targets: Vec<TargetReport>,
+}
+
+/// A refusal or failure, for the administrator and for scripts (promise P6).
+#[derive(Clone, Debug, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct Failure {
+    /// Class.
+    pub kind: FailureKind,
+    /// What was refused and why.
+    pub message: String,
+    /// In which state the target is now.
+    pub state: TargetState,
+    /// What to do next.
+    pub way_out: String,
+    /// Threads that kept a function busy.
+    #[serde(default)]
+    pub busy: Vec<BusyThread>,
+}
+
+/// Class of a failure; decides the exit code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FailureKind {
+    /// The request makes no sense as it stands (exit code 2).
+    Usage,
+    /// It does not fit; nothing was tried (exit code 1).
+    Refused,
+    /// It was tried and failed; rolled back (exit code 1).
+    Failed,
+    /// No quiescent moment within the time limit (exit code 4).
+    Timeout,
+    /// Done in some processes only (exit code 3).
+    Partial,
+}
+
+impl FailureKind {
+    /// The process exit code for this class of failure.
+    #[must_use]
+    pub const fn exit_code(self) -> u8 {
+        match self {
+            Self::Usage => 2,
+            Self::Refused | Self::Failed => 1,
+            Self::Partial => 3,
+            Self::Timeout => 4,
+        }
+    }
+}
+
+/// What a failure left behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TargetState {
+    /// Nothing was changed.
+    Untouched,
+    /// Changes were made and taken back.
+    RolledBack,
+    /// The target no longer exists.
+    Gone,
+    /// Some processes carry the change, others don't.
+    PartlyDone,
+}
+
+/// A thread that is inside a function to be replaced.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct BusyThread {
+    /// Its process.
+    pub pid: i32,
+    /// Thread id.
+    pub tid: i32,
+    /// `comm` of the thread.
+    pub name: String,
+    /// The function that it is inside of.
+    pub inside: String,
+    /// Its stack, innermost first, symbolised.
+    pub stack: Vec<String>,
+}
+
+impl Failure {
+    /// A refusal: nothing was tried, the target is as it was.
+    #[must_use]
+    pub fn refused(message: impl Into<String>, way_out: impl Into<String>) -> Self {
+        Self {
+            kind: FailureKind::Refused,
+            message: message.into(),
+            state: TargetState::Untouched,
+            way_out: way_out.into(),
+            busy: Vec::new(),
+        }
+    }
+
+    /// Something went wrong on the way and was taken back.
+    #[must_use]
+    pub fn rolled_back(message: impl Into<String>, way_out: impl Into<String>) -> Self {
+        Self { kind: FailureKind::Failed, state: TargetState::RolledBack, ..Self::refused(message, way_out) }
+    }
+}
+
+/// What the agent offers; the engine is the real one, tests put others in its place.
+pub trait Operations {
+    /// Takes a process into care.
+    fn attach(&mut self, request: &AttachRequest, progress: &mut dyn FnMut(Progress)) -> Result<AttachReport, Failure>;
+    /// Replaces functions.
+    fn patch(&mut self, request: &PatchRequest, progress: &mut dyn FnMut(Progress)) -> Result<PatchReport, Failure>;
+    /// Takes a patch out.
+    fn revert(&mut self, request: &RevertRequest, progress: &mut dyn FnMut(Progress)) -> Result<PatchReport, Failure>;
+    /// Leaves a target.
+    fn detach(&mut self, request: &DetachRequest, progress: &mut dyn FnMut(Progress)) -> Result<DetachReport, Failure>;
+    /// Tells what is attached.
+    fn status(&mut self, request: &StatusRequest) -> Result<StatusReport, Failure>;
+    /// Looks after the targets between requests (children that were forked, processes that ended). Called about every
+    /// 200 ms while anything is attached, and not at all otherwise.
+    fn housekeeping(&mut self);
+}
+
+/// Bytes as base64 in JSON.
+mod base64_bytes {
+    use base64::{Engine, engine::general_purpose::STANDARD};
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&STANDARD.encode(bytes))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
+        STANDARD.decode(String::deserialize(deserializer)?).map_err(serde::de::Error::custom)
+    }
+}
