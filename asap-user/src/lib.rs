@@ -4,4 +4,6 @@
 //! `kernel`. `image` and `patch` are pure: bytes in, plain data out.
 
 pub mod address;
+pub mod fault;
+pub mod process;
 pub mod report;

@@ -1,0 +1,103 @@
+//! A process's memory through `/proc/PID/mem`. Writes reach read-only private mappings too (FOLL_FORCE, mm/gup.c), which is
+//! what keeps promise P4: nothing in the target ever becomes writable for us.
+
+use crate::address::TargetAddr;
+use std::{fs, io, os::unix::fs::FileExt};
+
+/// An open `/proc/PID/mem`. Refers to the address space the process had when it was opened, also after execve(2).
+#[derive(Debug)]
+pub struct Memory {
+    file: fs::File,
+    pid: i32,
+}
+
+impl Memory {
+    /// Opens the memory of `pid` for reading and writing.
+    ///
+    /// # Errors
+    /// The process is gone or may not be traced.
+    pub fn open(pid: i32) -> io::Result<Self> {
+        let file = fs::OpenOptions::new().read(true).write(true).open(format!("/proc/{pid}/mem"))?;
+        Ok(Self { file, pid })
+    }
+
+    /// The process it was opened for.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Fills `buffer` from `address`.
+    ///
+    /// # Errors
+    /// Part of it is not mapped (EIO), or the address space is gone (unexpected end of file).
+    pub fn read(&self, address: TargetAddr, buffer: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(buffer, address.0)
+    }
+
+    /// `length` bytes from `address`.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn bytes(&self, address: TargetAddr, length: usize) -> io::Result<Vec<u8>> {
+        let mut buffer = vec![0; length];
+        self.read(address, &mut buffer)?;
+        Ok(buffer)
+    }
+
+    /// The little-endian word at `address`.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn word(&self, address: TargetAddr) -> io::Result<u64> {
+        let mut buffer = [0; 8];
+        self.read(address, &mut buffer)?;
+        Ok(u64::from_le_bytes(buffer))
+    }
+
+    /// Writes `bytes` at `address`. Never called on bytes that a thread may be executing.
+    ///
+    /// # Errors
+    /// As [`Self::read`]; EIO also for shared mappings that are not writable.
+    pub fn write(&self, address: TargetAddr, bytes: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(bytes, address.0)
+    }
+
+    /// A NUL-terminated string of at most `limit` bytes, lossily as UTF-8.
+    #[must_use]
+    pub fn string(&self, address: TargetAddr, limit: usize) -> Option<String> {
+        let mut text = Vec::new();
+        let mut at = address;
+        while text.len() < limit {
+            // Up to the end of a page: the next one may not be mapped.
+            let length = (4096 - at.page_offset()).min(limit - text.len());
+            let chunk = self.bytes(at, length).ok()?;
+            if let Some(end) = chunk.iter().position(|&byte| byte == 0) {
+                text.extend_from_slice(&chunk[..end]);
+                return Some(String::from_utf8_lossy(&text).into_owned());
+            }
+            text.extend_from_slice(&chunk);
+            at = at.offset(length as i64);
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn own_memory_reads_and_writes() {
+        let pid = i32::try_from(std::process::id()).expect("pids fit i32");
+        let memory = Memory::open(pid).expect("own memory");
+        let mut value = Box::new(0x1122_3344_5566_7788_u64);
+        let at = TargetAddr(&raw mut *value as u64);
+        assert_eq!(memory.word(at).expect("mapped"), 0x1122_3344_5566_7788);
+        memory.write(at, &7_u64.to_le_bytes()).expect("mapped");
+        assert_eq!(std::hint::black_box(*value), 7);
+        assert!(memory.word(TargetAddr(8)).is_err());
+        let text = c"hello";
+        assert_eq!(memory.string(TargetAddr(text.as_ptr() as u64), 64).as_deref(), Some("hello"));
+    }
+}

@@ -1,0 +1,440 @@
+//! The puppet: a helper process per target that shares the target's address space and nothing else, and that stays
+//! ptrace-stopped unless it runs a system call for us. With it, no thread of the target is stopped for housekeeping.
+//!
+//! It dies with the agent (PTRACE_O_EXITKILL). Dead, it is a zombie child of the target, invisible to waitpid(2) without
+//! `__WALL`, until an injected wait4(2) reaps it.
+
+use super::{
+    info::{self, ProcessInfo},
+    inject::{Gadgets, InjectError, Injection, calling, outcome},
+    memory::Memory,
+    ptrace::{Registers, StopReason, Stopped, TraceError},
+    sigframe,
+};
+use crate::address::TargetAddr;
+use std::{
+    fs, io,
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    time::{Duration, Instant},
+};
+
+/// Why there is no puppet, or why it does not obey.
+#[derive(Debug, thiserror::Error)]
+pub enum PuppetError {
+    /// The injection failed.
+    #[error(transparent)]
+    Inject(#[from] InjectError),
+    /// ptrace refused.
+    #[error(transparent)]
+    Trace(#[from] TraceError),
+    /// A system call in the target failed.
+    #[error("{call} in process {pid}: {error}")]
+    Call {
+        /// The process.
+        pid: i32,
+        /// The call.
+        call: &'static str,
+        /// The kernel's reason.
+        error: io::Error,
+    },
+    /// No thread of the target can be borrowed for the moment that making the puppet takes.
+    #[error("no thread of process {0} comes to a stop")]
+    NoThread(i32),
+    /// It hit something.
+    #[error("the helper of process {pid} stopped unexpectedly: {reason:?} at {at}")]
+    Astray {
+        /// The process.
+        pid: i32,
+        /// Why.
+        reason: StopReason,
+        /// Where.
+        at: TargetAddr,
+    },
+}
+
+/// Code at the start of the home, for the puppet: `syscall; ret`, and further on `syscall; ud2` as the place to which a
+/// called function returns.
+const HOME_CODE: [u8; 16] =
+    [0x0f, 0x05, 0xc3, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0x0f, 0x05, 0x0f, 0x0b, 0xcc, 0xcc, 0xcc, 0xcc];
+const RETURN_STUB: i64 = 8;
+/// The frame that ends a puppet that nobody takes in hand lies below this offset of the home.
+const EXIT_FRAME_TOP: i64 = 4096;
+
+/// A helper process inside a target's address space.
+#[derive(Debug)]
+pub struct Puppet {
+    pid: i32,
+    target: i32,
+    process: Stopped,
+    registers: Registers,
+    home: TargetAddr,
+    pidfd: OwnedFd,
+}
+
+/// What making a puppet cost the one thread that was borrowed.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Borrowed {
+    /// Time it was stopped.
+    pub stop: Duration,
+}
+
+fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
+    // SAFETY: no pointers; a non-negative result is a new descriptor that nobody else owns.
+    unsafe {
+        let fd = libc::syscall(libc::SYS_pidfd_open, pid, 0);
+        if fd < 0 { Err(io::Error::last_os_error()) } else { Ok(OwnedFd::from_raw_fd(fd as i32)) }
+    }
+}
+
+/// A thread of the target that is easily borrowed: the main thread, else any that stops.
+fn borrow_thread(pid: i32) -> Result<Stopped, PuppetError> {
+    let mut last = None;
+    for tid in std::iter::once(pid).chain(info::threads(pid).unwrap_or_default().into_iter().filter(|&tid| tid != pid))
+    {
+        match Stopped::stop(tid) {
+            Ok(thread) => return Ok(thread),
+            Err(error @ TraceError::TracedByOther { .. }) => return Err(error.into()),
+            Err(error) => last = Some(error),
+        }
+    }
+    Err(last.map_or(PuppetError::NoThread(pid), PuppetError::Trace))
+}
+
+/// Whether the thread runs under a seccomp filter, which then must be suspended for the calls that we inject.
+fn is_confined(tid: i32) -> bool {
+    ProcessInfo::of(tid).is_ok_and(|info| info.seccomp != 0)
+}
+
+impl Puppet {
+    /// Makes the puppet of `target` with one short stop of one of its threads. `home` says where to put the page-aligned
+    /// region of `home_length` bytes that holds the puppet's code and is otherwise the caller's (private anonymous, R-X);
+    /// if `existing_home`, it is there already.
+    ///
+    /// # Errors
+    /// The target can't be traced, or the kernel refuses a call in it. The target then runs on as before.
+    pub fn make(
+        target: i32,
+        memory: &Memory,
+        gadgets: Gadgets,
+        home: TargetAddr,
+        home_length: u64,
+        existing_home: bool,
+    ) -> Result<(Self, Borrowed), PuppetError> {
+        let begin = Instant::now();
+        let thread = borrow_thread(target)?;
+        let confined = is_confined(thread.tid());
+        if confined {
+            thread.set_options(libc::PTRACE_O_SUSPEND_SECCOMP)?;
+        }
+        let mut injection = Injection::begin(thread, memory, gadgets)?;
+        let made =
+            Self::make_within(&mut injection, target, memory, gadgets, home, home_length, existing_home, confined);
+        let ended = injection.end();
+        let stop = begin.elapsed();
+        let mut puppet = made?;
+        ended?;
+        puppet.settle_in()?;
+        Ok((puppet, Borrowed { stop }))
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn make_within(
+        injection: &mut Injection,
+        target: i32,
+        memory: &Memory,
+        gadgets: Gadgets,
+        home: TargetAddr,
+        home_length: u64,
+        existing_home: bool,
+        confined: bool,
+    ) -> Result<Self, PuppetError> {
+        let failed = |call| move |error| PuppetError::Call { pid: target, call, error };
+        if !existing_home {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+            let protection = libc::PROT_READ | libc::PROT_EXEC;
+            let arguments = [home.0, home_length, protection as u64, flags as u64, u64::MAX, 0];
+            injection.syscall(libc::SYS_mmap, arguments, |_, _| ())?.map_err(failed("mmap"))?;
+            crate::fault::point("puppet.home-mapped");
+        }
+        let prepared: Result<_, PuppetError> = (|| {
+            memory.write(home, &HOME_CODE).map_err(failed("writing the helper's code"))?;
+            let registers = injection.thread().registers()?;
+            let frame = sigframe::build_exit(&registers, home.offset(EXIT_FRAME_TOP), gadgets.restorer, home);
+            memory.write(frame.address, &frame.bytes).map_err(failed("writing the helper's stack"))?;
+            let suspend = if confined { libc::PTRACE_O_SUSPEND_SECCOMP } else { 0 };
+            injection.thread().set_options(libc::PTRACE_O_TRACECLONE | suspend)?;
+            let mut child = None;
+            // Descriptors are shared only until the puppet has emptied its own table; handlers and directories never.
+            let flags = (libc::CLONE_VM | libc::CLONE_FILES) as u64;
+            let arguments = [flags, frame.stack_pointer.0, 0, 0, 0, 0];
+            let cloned = injection.syscall(libc::SYS_clone, arguments, |thread, event| {
+                if event == libc::PTRACE_EVENT_CLONE {
+                    child = thread.event_message().ok().and_then(|pid| i32::try_from(pid).ok());
+                }
+            })?;
+            injection.thread().set_options(suspend)?;
+            cloned.map_err(failed("clone"))?;
+            child.ok_or(PuppetError::NoThread(target))
+        })();
+        let pid = match prepared {
+            Ok(pid) => pid,
+            Err(error) => {
+                if !existing_home {
+                    let _ = injection.syscall(libc::SYS_munmap, [home.0, home_length, 0, 0, 0, 0], |_, _| ());
+                }
+                return Err(error);
+            }
+        };
+        let mut process = Stopped::auto_attached(pid)?;
+        process.keep();
+        // Until here the puppet would have ended itself; from here it dies with us.
+        let suspend = if confined { libc::PTRACE_O_SUSPEND_SECCOMP } else { 0 };
+        process.set_options(libc::PTRACE_O_EXITKILL | suspend)?;
+        process.set_signal_mask(u64::MAX)?;
+        crate::fault::point("puppet.cloned");
+        let registers = process.registers()?;
+        let pidfd = pidfd_open(pid).map_err(failed("pidfd_open"))?;
+        Ok(Self { pid, target, process, registers, home, pidfd })
+    }
+
+    /// What can be done while no thread of the target waits any more: own empty descriptor table, the agent's cgroup.
+    fn settle_in(&mut self) -> Result<(), PuppetError> {
+        const CLOSE_RANGE_UNSHARE: u64 = 2;
+        self.syscall("close_range", libc::SYS_close_range, [0, u64::from(u32::MAX), CLOSE_RANGE_UNSHARE, 0, 0, 0])?;
+        // Service managers count processes by cgroup: ours is where it belongs. Where cgroup 2 is missing it stays.
+        if let Ok(text) = fs::read_to_string("/proc/self/cgroup")
+            && let Some(path) = text.lines().find_map(|line| line.strip_prefix("0::"))
+        {
+            let _ = fs::write(format!("/sys/fs/cgroup{path}/cgroup.procs"), self.pid.to_string());
+        }
+        Ok(())
+    }
+
+    /// Process id of the puppet.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Start of the region with its code.
+    #[must_use]
+    pub fn home(&self) -> TargetAddr {
+        self.home
+    }
+
+    /// Bytes at the start of the home that are the puppet's own.
+    pub const OWN_LENGTH: u64 = EXIT_FRAME_TOP as u64;
+
+    /// Runs a system call in the target's address space.
+    ///
+    /// # Errors
+    /// The call failed, or the puppet is gone.
+    pub fn syscall(&mut self, call: &'static str, number: i64, arguments: [u64; 6]) -> Result<u64, PuppetError> {
+        self.process.set_registers(&calling(self.registers, self.home, number, arguments))?;
+        let mut entered = false;
+        loop {
+            match self.process.run_to_syscall(Duration::from_secs(5))? {
+                StopReason::Syscall => {
+                    // The first stop of a new process may be its exit from clone(2).
+                    if self.process.is_at_syscall_exit()? {
+                        if entered {
+                            break;
+                        }
+                    } else {
+                        entered = true;
+                    }
+                }
+                StopReason::Group | StopReason::Interrupt | StopReason::Event(_) => {}
+                reason @ StopReason::Signal(_) => return Err(self.astray(reason)),
+            }
+        }
+        let rax = self.process.registers()?.rax;
+        outcome(rax).map_err(|error| PuppetError::Call { pid: self.target, call, error })
+    }
+
+    /// Calls a function of the target with up to six integer arguments on `stack` (its top, 16-byte aligned), with the
+    /// thread pointer `fs_base`, and returns its rax. The caller sees to it that the function may run here: no locks that a
+    /// stopped thread holds, no thread-local state that another thread is using.
+    ///
+    /// # Errors
+    /// It hit a fault, or did not return within `limit`.
+    pub fn call(
+        &mut self,
+        memory: &Memory,
+        function: TargetAddr,
+        arguments: [u64; 6],
+        stack: TargetAddr,
+        fs_base: u64,
+        limit: Duration,
+    ) -> Result<u64, PuppetError> {
+        let pid = self.target;
+        let return_to = self.home.offset(RETURN_STUB);
+        let top = stack.offset(-8);
+        memory.write(top, &return_to.0.to_le_bytes()).map_err(|error| PuppetError::Call {
+            pid,
+            call: "writing the call's stack",
+            error,
+        })?;
+        let mut registers = calling(self.registers, function, 0, arguments);
+        registers.rsp = top.0;
+        registers.rbp = 0;
+        registers.fs_base = fs_base;
+        self.process.set_registers(&registers)?;
+        let deadline = Instant::now() + limit;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.process.run_to_syscall(left)? {
+                StopReason::Syscall => {
+                    let registers = self.process.registers()?;
+                    // The entry to the call in the return stub: the function is done.
+                    if registers.rip == return_to.0 + 2 && !self.process.is_at_syscall_exit()? {
+                        break;
+                    }
+                }
+                StopReason::Group | StopReason::Interrupt | StopReason::Event(_) => {}
+                reason @ StopReason::Signal(_) => return Err(self.astray(reason)),
+            }
+        }
+        // The stub enters a "system call" whose number is what the function returned: call number -1 is none.
+        let mut registers = self.process.registers()?;
+        let value = registers.orig_rax;
+        registers.orig_rax = u64::MAX;
+        self.process.set_registers(&registers)?;
+        self.process.run_to_syscall(Duration::from_secs(5))?;
+        Ok(value)
+    }
+
+    fn astray(&self, reason: StopReason) -> PuppetError {
+        let at = self.process.registers().map_or(TargetAddr(0), |registers| TargetAddr(registers.rip));
+        PuppetError::Astray { pid: self.target, reason, at }
+    }
+
+    /// A duplicate of a descriptor that is open in the puppet.
+    ///
+    /// # Errors
+    /// The descriptor is not open, or the puppet is gone.
+    fn fd_of(&self, descriptor: u64) -> io::Result<OwnedFd> {
+        // SAFETY: no pointers; a non-negative result is a new descriptor that nobody else owns.
+        unsafe {
+            let fd = libc::syscall(libc::SYS_pidfd_getfd, self.pidfd.as_raw_fd(), descriptor as i32, 0);
+            if fd < 0 { Err(io::Error::last_os_error()) } else { Ok(OwnedFd::from_raw_fd(fd as i32)) }
+        }
+    }
+
+    /// Takes over a descriptor that the puppet opened, and closes it there.
+    ///
+    /// # Errors
+    /// The descriptor is not open, or the puppet is gone.
+    pub fn take_fd(&mut self, descriptor: u64) -> Result<OwnedFd, PuppetError> {
+        let taken =
+            self.fd_of(descriptor).map_err(|error| PuppetError::Call { pid: self.target, call: "pidfd_getfd", error });
+        self.syscall("close", libc::SYS_close, [descriptor, 0, 0, 0, 0, 0])?;
+        taken
+    }
+
+    /// Ends the puppet and has one thread of the target reap it, so that nothing of it is left.
+    ///
+    /// # Errors
+    /// The target is gone (and the puppet with it), or no thread can be borrowed: the puppet is dead then all the same, and
+    /// a zombie stays until the target ends or a later agent reaps it.
+    pub fn dismiss(self, memory: &Memory, gadgets: Gadgets) -> Result<Borrowed, PuppetError> {
+        let (pid, target) = (self.pid, self.target);
+        drop(self);
+        reap(target, pid, memory, gadgets)
+    }
+}
+
+impl Drop for Puppet {
+    fn drop(&mut self) {
+        // By pidfd: the number can't have been given to another process.
+        // SAFETY: no pointers but a null siginfo.
+        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, self.pidfd.as_raw_fd(), libc::SIGKILL, 0, 0) };
+        let mut status = 0;
+        // SAFETY: `status` is a live local. The tracer is told of the end before the parent is.
+        unsafe { libc::waitpid(self.pid, &raw mut status, libc::__WALL) };
+    }
+}
+
+/// Has a thread of `target` reap its dead child `puppet`.
+///
+/// # Errors
+/// As [`Puppet::dismiss`].
+pub fn reap(target: i32, puppet: i32, memory: &Memory, gadgets: Gadgets) -> Result<Borrowed, PuppetError> {
+    let begin = Instant::now();
+    let thread = borrow_thread(target)?;
+    if is_confined(thread.tid()) {
+        thread.set_options(libc::PTRACE_O_SUSPEND_SECCOMP)?;
+    }
+    let mut injection = Injection::begin(thread, memory, gadgets)?;
+    let options = (libc::__WALL | libc::WNOHANG) as u64;
+    let reaped = injection.syscall(libc::SYS_wait4, [puppet as u64, 0, options, 0, 0, 0], |_, _| ());
+    injection.end()?;
+    let failed = |error| PuppetError::Call { pid: target, call: "wait4", error };
+    reaped?.map_err(failed)?;
+    Ok(Borrowed { stop: begin.elapsed() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process::maps::Maps;
+    use std::process::{Child, Command};
+
+    struct Sleeper(Child);
+    impl Sleeper {
+        fn start() -> Self {
+            let child = Command::new("/bin/sleep").arg("1000").spawn().expect("sleep starts");
+            // Wait until it sleeps in its own code rather than in the dynamic linker.
+            let pid = child.id();
+            while !fs::read_to_string(format!("/proc/{pid}/syscall")).is_ok_and(|text| text.starts_with("230 ")) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Self(child)
+        }
+        fn pid(&self) -> i32 {
+            i32::try_from(self.0.id()).expect("pids fit i32")
+        }
+    }
+    impl Drop for Sleeper {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    fn is_root() -> bool {
+        // SAFETY: no memory is involved.
+        unsafe { libc::geteuid() == 0 }
+    }
+
+    #[test]
+    fn a_puppet_works_in_the_target_and_leaves_nothing_behind() {
+        if !is_root() {
+            eprintln!("SKIPPED (needs root): a_puppet_works_in_the_target_and_leaves_nothing_behind");
+            return;
+        }
+        let mut sleeper = Sleeper::start();
+        let pid = sleeper.pid();
+        let before = Maps::of(pid).expect("the target");
+        let memory = Memory::open(pid).expect("the target");
+        let gadgets = Gadgets::find(&before, &memory).expect("libc has them");
+        let text = before.0.iter().find(|m| m.executable && m.is_file()).expect("text").range.clone();
+        let home = before.gap(&text, 1 << 16, 1 << 30).expect("room");
+        let (mut puppet, borrowed) = Puppet::make(pid, &memory, gadgets, home, 1 << 16, false).expect("a puppet");
+        assert!(borrowed.stop > Duration::ZERO);
+        let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
+        let got = puppet.syscall("mmap", libc::SYS_mmap, [0, 4096, 3, flags, u64::MAX, 0]).expect("mmap");
+        memory.write(TargetAddr(got), b"here").expect("the new page");
+        assert!(puppet.syscall("close", libc::SYS_close, [0; 6]).is_err(), "the puppet has no descriptors");
+        assert_eq!(info::threads(pid).expect("alive"), [pid], "no thread more in the target's list");
+        puppet.syscall("munmap", libc::SYS_munmap, [got, 4096, 0, 0, 0, 0]).expect("munmap");
+        puppet.syscall("munmap", libc::SYS_munmap, [home.0, 1 << 16, 0, 0, 0, 0]).err();
+        let id = puppet.pid();
+        puppet.dismiss(&memory, gadgets).expect("reaped");
+        assert!(!std::path::Path::new(&format!("/proc/{id}")).exists());
+        assert_eq!(Maps::of(pid).expect("alive"), before);
+        assert!(sleeper.0.try_wait().expect("own child").is_none(), "the target lives");
+        let syscall = fs::read_to_string(format!("/proc/{pid}/syscall")).expect("alive");
+        assert!(syscall.starts_with("230 ") || syscall.starts_with("219 "), "it sleeps on: {syscall}");
+    }
+}
