@@ -4,6 +4,7 @@
 //! `kernel`. `image` and `patch` are pure: bytes in, plain data out.
 
 pub mod address;
+pub mod engine;
 pub mod fault;
 pub mod process;
 pub mod report;

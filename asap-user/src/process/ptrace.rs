@@ -315,6 +315,15 @@ impl Stopped {
         self.wait_for_stop(limit)
     }
 
+    /// Runs it until something stops it. Signals are not delivered.
+    ///
+    /// # Errors
+    /// It ended, or `limit` passed.
+    pub fn run(&mut self, limit: Duration) -> Result<StopReason, TraceError> {
+        request(self.tid, "PTRACE_CONT", libc::PTRACE_CONT, 0, 0)?;
+        self.wait_for_stop(limit)
+    }
+
     /// The first half of [`Self::run_to_syscall`].
     ///
     /// # Errors

@@ -52,11 +52,42 @@ pub enum PuppetError {
     },
 }
 
+/// An exchange of pages that the kernel refused.
+#[derive(Debug, thiserror::Error)]
+#[error("mremap of a text page in process {pid} (after {done} pages): {error}")]
+pub struct ExchangeError {
+    /// The process.
+    pub pid: i32,
+    /// Pages that had been moved.
+    pub done: usize,
+    /// The kernel's reason.
+    pub error: io::Error,
+}
+
 /// Code at the start of the home, for the puppet: `syscall; ret`, and further on `syscall; ud2` as the place to which a
 /// called function returns.
 const HOME_CODE: [u8; 16] =
     [0x0f, 0x05, 0xc3, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0x0f, 0x05, 0x0f, 0x0b, 0xcc, 0xcc, 0xcc, 0xcc];
 const RETURN_STUB: i64 = 8;
+/// Where the code for [`Puppet::exchange`] and its table lie in the home.
+const EXCHANGE_AT: i64 = 64;
+const EXCHANGE_TABLE: i64 = 256;
+/// Pairs that fit between the table's start and the scratch area, less the end mark.
+const EXCHANGE_MOST: usize = (SCRATCH_AT - EXCHANGE_TABLE) as usize / 16 - 1;
+/// Where callers may put a short string for a system call.
+const SCRATCH_AT: i64 = 3072;
+/// Moves pages until the table ends or the kernel refuses one:
+/// ```text
+/// next: mov rdi, [r12]; test rdi, rdi; jz end
+///       mov r8, [r12+8]; mov esi, 4096; mov edx, 4096; mov r10d, MREMAP_MAYMOVE|MREMAP_FIXED; mov eax, SYS_mremap
+///       syscall; cmp rax, -4095; jae end; add r12, 16; jmp next
+/// end:  int3
+/// ```
+const EXCHANGE_CODE: [u8; 52] = [
+    0x49, 0x8b, 0x3c, 0x24, 0x48, 0x85, 0xff, 0x74, 0x2a, 0x4d, 0x8b, 0x44, 0x24, 0x08, 0xbe, 0x00, 0x10, 0x00, 0x00,
+    0xba, 0x00, 0x10, 0x00, 0x00, 0x41, 0xba, 0x03, 0x00, 0x00, 0x00, 0xb8, 0x19, 0x00, 0x00, 0x00, 0x0f, 0x05, 0x48,
+    0x3d, 0x01, 0xf0, 0xff, 0xff, 0x73, 0x06, 0x49, 0x83, 0xc4, 0x10, 0xeb, 0xcd, 0xcc,
+];
 /// The frame that ends a puppet that nobody takes in hand lies below this offset of the home.
 const EXIT_FRAME_TOP: i64 = 4096;
 
@@ -69,6 +100,7 @@ pub struct Puppet {
     registers: Registers,
     home: TargetAddr,
     pidfd: OwnedFd,
+    confined: bool,
 }
 
 /// What making a puppet cost the one thread that was borrowed.
@@ -158,6 +190,7 @@ impl Puppet {
         }
         let prepared: Result<_, PuppetError> = (|| {
             memory.write(home, &HOME_CODE).map_err(failed("writing the helper's code"))?;
+            memory.write(home.offset(EXCHANGE_AT), &EXCHANGE_CODE).map_err(failed("writing the helper's code"))?;
             let registers = injection.thread().registers()?;
             let frame = sigframe::build_exit(&registers, home.offset(EXIT_FRAME_TOP), gadgets.restorer, home);
             memory.write(frame.address, &frame.bytes).map_err(failed("writing the helper's stack"))?;
@@ -194,13 +227,17 @@ impl Puppet {
         crate::fault::point("puppet.cloned");
         let registers = process.registers()?;
         let pidfd = pidfd_open(pid).map_err(failed("pidfd_open"))?;
-        Ok(Self { pid, target, process, registers, home, pidfd })
+        Ok(Self { pid, target, process, registers, home, pidfd, confined })
     }
 
     /// What can be done while no thread of the target waits any more: own empty descriptor table, the agent's cgroup.
     fn settle_in(&mut self) -> Result<(), PuppetError> {
         const CLOSE_RANGE_UNSHARE: u64 = 2;
         self.syscall("close_range", libc::SYS_close_range, [0, u64::from(u32::MAX), CLOSE_RANGE_UNSHARE, 0, 0, 0])?;
+        // Should it ever end by a signal: no core dump of the target. 1 also keeps pipe handlers from running (core(5)).
+        let limit = libc::rlimit { rlim_cur: 1, rlim_max: 1 };
+        // SAFETY: `limit` is a live local; no old limit is asked for.
+        unsafe { libc::prlimit(self.pid, libc::RLIMIT_CORE, &raw const limit, std::ptr::null_mut()) };
         // Service managers count processes by cgroup: ours is where it belongs. Where cgroup 2 is missing it stays.
         if let Ok(text) = fs::read_to_string("/proc/self/cgroup")
             && let Some(path) = text.lines().find_map(|line| line.strip_prefix("0::"))
@@ -250,6 +287,58 @@ impl Puppet {
         }
         let rax = self.process.registers()?.rax;
         outcome(rax).map_err(|error| PuppetError::Call { pid: self.target, call, error })
+    }
+
+    /// Where callers may put a string of at most 256 bytes for a system call.
+    #[must_use]
+    pub fn scratch(&self) -> TargetAddr {
+        self.home.offset(SCRATCH_AT)
+    }
+
+    /// Moves each page `.0` over the page `.1`, all of them without us in between: once begun, the puppet finishes even if
+    /// the agent dies, so that a change of several pages is never left half done (P1, P2).
+    ///
+    /// # Errors
+    /// More pages than fit (176), or the kernel refused one; the index of the first page that was not moved is in the error.
+    pub fn exchange(&mut self, memory: &Memory, moves: &[(TargetAddr, TargetAddr)]) -> Result<(), ExchangeError> {
+        let pid = self.target;
+        let failed = |done| move |error| ExchangeError { pid, done, error };
+        if moves.len() > EXCHANGE_MOST {
+            return Err(failed(0)(io::Error::other("too many text pages in one transaction")));
+        }
+        let mut table = Vec::with_capacity((moves.len() + 1) * 16);
+        for (from, to) in moves.iter().copied().chain([(TargetAddr(0), TargetAddr(0))]) {
+            table.extend_from_slice(&from.0.to_le_bytes());
+            table.extend_from_slice(&to.0.to_le_bytes());
+        }
+        let at = self.home.offset(EXCHANGE_TABLE);
+        memory.write(at, &table).map_err(failed(0))?;
+        let gone = |error: TraceError| ExchangeError { pid, done: 0, error: io::Error::other(error) };
+        let mut registers = calling(self.registers, self.home.offset(EXCHANGE_AT), 0, [0; 6]);
+        registers.r12 = at.0;
+        self.process.set_registers(&registers).map_err(gone)?;
+        let suspend = if self.confined { libc::PTRACE_O_SUSPEND_SECCOMP } else { 0 };
+        // From here to its int3 it runs to the end, whatever becomes of us. Untraced, the int3 ends it.
+        self.process.set_options(suspend).map_err(gone)?;
+        crate::fault::point("exchange.begin");
+        let stopped = loop {
+            match self.process.run(Duration::from_secs(5)) {
+                Ok(StopReason::Signal(libc::SIGTRAP)) => break Ok(()),
+                Ok(StopReason::Signal(_)) => break Err(gone(TraceError::Gone(self.pid))),
+                Ok(_) => {}
+                Err(error) => break Err(gone(error)),
+            }
+        };
+        crate::fault::point("exchange.done");
+        stopped?;
+        self.process.set_options(libc::PTRACE_O_EXITKILL | suspend).map_err(gone)?;
+        let registers = self.process.registers().map_err(gone)?;
+        let done = (registers.r12.wrapping_sub(at.0) / 16) as usize;
+        if done < moves.len() {
+            let error = outcome(registers.rax).err().unwrap_or_else(|| io::Error::other("stopped half-way"));
+            return Err(failed(done)(error));
+        }
+        Ok(())
     }
 
     /// Calls a function of the target with up to six integer arguments on `stack` (its top, 16-byte aligned), with the
@@ -313,7 +402,7 @@ impl Puppet {
     ///
     /// # Errors
     /// The descriptor is not open, or the puppet is gone.
-    fn fd_of(&self, descriptor: u64) -> io::Result<OwnedFd> {
+    pub(super) fn fd_of(&self, descriptor: u64) -> io::Result<OwnedFd> {
         // SAFETY: no pointers; a non-negative result is a new descriptor that nobody else owns.
         unsafe {
             let fd = libc::syscall(libc::SYS_pidfd_getfd, self.pidfd.as_raw_fd(), descriptor as i32, 0);

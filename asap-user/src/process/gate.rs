@@ -1,0 +1,269 @@
+//! Gates: a text page that lets nobody through for a moment. A memfd page with the same bytes, registered with
+//! userfaultfd(2) in MINOR mode, lies over the text page; a thread that comes to execute it waits in the kernel. Nobody is
+//! stopped who does not come.
+//!
+//! MINOR mode only, and always with the page's content in place: when the agent dies, the kernel lets every thread go on
+//! with those bytes (P1). Not for deciding when to close or open.
+
+use super::puppet::{Puppet, PuppetError};
+use crate::address::{PAGE_SIZE, TargetAddr};
+use std::{
+    collections::HashMap,
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd},
+        unix::fs::FileExt,
+    },
+    sync::{Arc, Mutex, PoisonError},
+    thread::JoinHandle,
+    time::Instant,
+};
+use userfaultfd::{Event, RegisterMode, Uffd};
+
+/// Why there can be no gates in a process.
+#[derive(Debug, thiserror::Error)]
+pub enum GateError {
+    /// A call in the target failed.
+    #[error(transparent)]
+    Puppet(#[from] PuppetError),
+    /// The kernel's userfaultfd can't do it.
+    #[error("userfaultfd in process {pid}: {step}: {error}")]
+    Userfaultfd {
+        /// The process.
+        pid: i32,
+        /// What was tried.
+        step: &'static str,
+        /// The kernel's reason.
+        error: io::Error,
+    },
+}
+
+const FEATURE_EVENT_REMAP: u64 = 1 << 2;
+const FEATURE_THREAD_ID: u64 = 1 << 8;
+const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
+/// `UFFD_API` (linux/userfaultfd.h).
+const UFFD_API: u64 = 0xaa;
+
+/// `struct uffdio_api`.
+#[repr(C)]
+struct UffdioApi {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+mod ioctl {
+    nix::ioctl_readwrite!(uffdio_api, 0xaa, 0x3f, super::UffdioApi);
+}
+
+/// Threads seen waiting at closed gates, by id, with the time they were first seen.
+type Waiting = Arc<Mutex<HashMap<i32, Instant>>>;
+
+/// The gates of one process.
+#[derive(Debug)]
+pub struct Gatekeeper {
+    pid: i32,
+    uffd: Arc<Uffd>,
+    name: TargetAddr,
+    content: Option<Content>,
+    waiting: Waiting,
+    reader: Option<JoinHandle<()>>,
+    stop: OwnedFd,
+    /// Faults of the kernel itself on a closed gate wait, too; otherwise they fail with EFAULT.
+    pub covers_kernel_faults: bool,
+}
+
+/// The memory behind the gates of one transaction. Never used again for another: a child that was forked while a gate was
+/// closed keeps mapping it, and its bytes must stay.
+#[derive(Debug)]
+struct Content {
+    file: File,
+    /// Number of the descriptor in the puppet.
+    in_puppet: u64,
+    pages: u64,
+}
+
+/// A gate that lies ready beside the text page it is for.
+#[derive(Clone, Copy, Debug)]
+pub struct PreparedGate {
+    at: TargetAddr,
+    text: TargetAddr,
+}
+
+impl Gatekeeper {
+    /// Makes the userfaultfd and the memfd in the target's address space, by its puppet. `scratch` is a place in the puppet's
+    /// home for a short string.
+    ///
+    /// # Errors
+    /// The kernel has no userfaultfd for this process, or not its MINOR mode.
+    pub fn new(
+        puppet: &mut Puppet,
+        memory: &super::memory::Memory,
+        target: i32,
+        scratch: TargetAddr,
+    ) -> Result<Self, GateError> {
+        const UFFD_USER_MODE_ONLY: u64 = 1;
+        let fail = |step| move |error| GateError::Userfaultfd { pid: target, step, error };
+        let flags = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64;
+        // The wider form needs a capability of the target, or vm.unprivileged_userfaultfd.
+        let wide = puppet.syscall("userfaultfd", libc::SYS_userfaultfd, [flags, 0, 0, 0, 0, 0]);
+        let covers_kernel_faults = wide.is_ok();
+        let number = match wide {
+            Ok(number) => number,
+            Err(PuppetError::Call { .. }) => {
+                let flags = flags | UFFD_USER_MODE_ONLY;
+                puppet.syscall("userfaultfd", libc::SYS_userfaultfd, [flags, 0, 0, 0, 0, 0])?
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let fd = puppet.take_fd(number)?;
+        let mut api = UffdioApi {
+            api: UFFD_API,
+            features: FEATURE_MINOR_SHMEM | FEATURE_THREAD_ID | FEATURE_EVENT_REMAP,
+            ioctls: 0,
+        };
+        // SAFETY: `api` is a live local of the layout that the request reads and writes.
+        unsafe { ioctl::uffdio_api(fd.as_raw_fd(), &raw mut api) }
+            .map_err(|errno| fail("handshake (MINOR mode on shared memory)")(errno.into()))?;
+        memory.write(scratch, b"asap-gate\0").map_err(fail("writing a name"))?;
+        // SAFETY: the descriptor was just received and is owned here.
+        let uffd = Arc::new(unsafe { Uffd::from_raw_fd(fd.into_raw_fd()) });
+        let stop = nix::sys::eventfd::EventFd::from_flags(nix::sys::eventfd::EfdFlags::EFD_CLOEXEC)
+            .map_err(|errno| fail("eventfd")(errno.into()))?;
+        let stop = OwnedFd::from(stop);
+        let waiting = Waiting::default();
+        let reader = std::thread::Builder::new()
+            .name(format!("gate-{target}"))
+            .stack_size(64 * 1024)
+            .spawn({
+                let (uffd, waiting) = (Arc::clone(&uffd), Arc::clone(&waiting));
+                let stop = stop.try_clone().map_err(fail("eventfd"))?;
+                move || read_events(&uffd, &waiting, &stop)
+            })
+            .map_err(fail("starting the reader"))?;
+        Ok(Self {
+            pid: target,
+            uffd,
+            name: scratch,
+            content: None,
+            waiting,
+            reader: Some(reader),
+            stop,
+            covers_kernel_faults,
+        })
+    }
+
+    /// Lays a gate for the text page at `text` ready: `content` are the bytes that are there now.
+    ///
+    /// # Errors
+    /// The kernel refuses the mapping or its registration; nothing is left.
+    pub fn prepare(
+        &mut self,
+        puppet: &mut Puppet,
+        text: TargetAddr,
+        content: &[u8],
+    ) -> Result<PreparedGate, GateError> {
+        let pid = self.pid;
+        let fail = |step| move |error| GateError::Userfaultfd { pid, step, error };
+        if self.content.is_none() {
+            let arguments = [self.name.0, u64::from(libc::MFD_CLOEXEC), 0, 0, 0, 0];
+            let in_puppet = puppet.syscall("memfd_create", libc::SYS_memfd_create, arguments)?;
+            // The puppet keeps its descriptor for the mmap of each gate: duplicated, not taken over.
+            let file = File::from(puppet.fd_of(in_puppet).map_err(fail("memfd"))?);
+            self.content = Some(Content { file, in_puppet, pages: 0 });
+        }
+        let Some(behind) = &mut self.content else { unreachable!("made above") };
+        let offset = behind.pages * PAGE_SIZE;
+        behind.file.set_len(offset + PAGE_SIZE).map_err(fail("growing the memfd"))?;
+        behind.file.write_all_at(content, offset).map_err(fail("filling the memfd"))?;
+        behind.pages += 1;
+        // Private, so that debuggers can still write to the page through /proc/PID/mem.
+        let arguments = [
+            0,
+            PAGE_SIZE,
+            (libc::PROT_READ | libc::PROT_EXEC) as u64,
+            libc::MAP_PRIVATE as u64,
+            behind.in_puppet,
+            offset,
+        ];
+        let at = TargetAddr(puppet.syscall("mmap of a gate", libc::SYS_mmap, arguments)?);
+        let registered = self.uffd.register_with_mode(at.0 as *mut _, PAGE_SIZE as usize, RegisterMode::MINOR);
+        if let Err(error) = registered {
+            let _ = puppet.syscall("munmap", libc::SYS_munmap, [at.0, PAGE_SIZE, 0, 0, 0, 0]);
+            return Err(fail("registering a gate")(io::Error::other(error)));
+        }
+        Ok(PreparedGate { at, text })
+    }
+
+    /// Closes the gate: from now on, who comes to the page waits. Ends when something else is moved over the page, followed
+    /// by [`Self::wake`].
+    ///
+    /// # Errors
+    /// The puppet is gone.
+    pub fn close(&self, puppet: &mut Puppet, gate: PreparedGate) -> Result<(), GateError> {
+        let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
+        let arguments = [gate.at.0, PAGE_SIZE, PAGE_SIZE, flags, gate.text.0, 0];
+        puppet.syscall("mremap of a gate", libc::SYS_mremap, arguments)?;
+        Ok(())
+    }
+
+    /// Removes a gate that was prepared and is not needed.
+    pub fn discard(&self, puppet: &mut Puppet, gate: PreparedGate) {
+        let _ = puppet.syscall("munmap", libc::SYS_munmap, [gate.at.0, PAGE_SIZE, 0, 0, 0, 0]);
+    }
+
+    /// Lets those who wait at `text` look again; what lies there now decides.
+    ///
+    /// # Errors
+    /// The target is gone.
+    pub fn wake(&self, text: TargetAddr) -> Result<(), GateError> {
+        let woken = self.uffd.wake(text.0 as *mut _, PAGE_SIZE as usize);
+        woken.map_err(|error| GateError::Userfaultfd { pid: self.pid, step: "waking", error: io::Error::other(error) })
+    }
+
+    /// Ends a transaction: lets go of the memory behind its gates, and gives the threads that were seen waiting, with the
+    /// time of their arrival.
+    pub fn finish(&mut self, puppet: &mut Puppet) -> HashMap<i32, Instant> {
+        if let Some(content) = self.content.take() {
+            let _ = puppet.syscall("close", libc::SYS_close, [content.in_puppet, 0, 0, 0, 0, 0]);
+        }
+        std::mem::take(&mut *self.waiting.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl Drop for Gatekeeper {
+    fn drop(&mut self) {
+        let _ = nix::unistd::write(self.stop.as_fd(), &1_u64.to_ne_bytes());
+        if let Some(reader) = self.reader.take() {
+            let _ = reader.join();
+        }
+    }
+}
+
+/// Reads what the kernel reports until told to stop. Never blocks elsewhere and never touches the target's memory: while it
+/// runs, mremap(2) in the target can proceed.
+fn read_events(uffd: &Uffd, waiting: &Waiting, stop: &OwnedFd) {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    loop {
+        let mut ready = [PollFd::new(uffd.as_fd(), PollFlags::POLLIN), PollFd::new(stop.as_fd(), PollFlags::POLLIN)];
+        if poll(&mut ready, PollTimeout::NONE).is_err() {
+            continue;
+        }
+        if ready[1].any().unwrap_or(true) {
+            return;
+        }
+        loop {
+            match uffd.read_event() {
+                Ok(Some(Event::Pagefault { thread_id, .. })) => {
+                    let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
+                    waiting.entry(thread_id.as_raw()).or_insert_with(Instant::now);
+                }
+                Ok(Some(_)) => {}
+                Ok(None) => break,
+                // The address space is gone.
+                Err(_) => return,
+            }
+        }
+    }
+}
