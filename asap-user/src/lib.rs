@@ -4,7 +4,7 @@
 //! `kernel`. `image` and `patch` are pure: bytes in, plain data out.
 
 pub mod address;
-pub mod engine;
 pub mod fault;
+pub mod image;
 pub mod process;
 pub mod report;

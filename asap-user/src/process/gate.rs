@@ -84,13 +84,6 @@ struct Content {
     pages: u64,
 }
 
-/// A gate that lies ready beside the text page it is for.
-#[derive(Clone, Copy, Debug)]
-pub struct PreparedGate {
-    at: TargetAddr,
-    text: TargetAddr,
-}
-
 impl Gatekeeper {
     /// Makes the userfaultfd and the memfd in the target's address space, by its puppet. `scratch` is a place in the puppet's
     /// home for a short string.
@@ -154,16 +147,16 @@ impl Gatekeeper {
         })
     }
 
-    /// Lays a gate for the text page at `text` ready: `content` are the bytes that are there now.
+    /// Lays a gate for a text page ready, whose bytes now are `content`. Moved over the page it is closed: who comes waits.
+    /// It ends when something else is moved over the page, followed by [`Self::wake`].
     ///
     /// # Errors
     /// The kernel refuses the mapping or its registration; nothing is left.
     pub fn prepare(
         &mut self,
         puppet: &mut Puppet,
-        text: TargetAddr,
         content: &[u8],
-    ) -> Result<PreparedGate, GateError> {
+    ) -> Result<TargetAddr, GateError> {
         let pid = self.pid;
         let fail = |step| move |error| GateError::Userfaultfd { pid, step, error };
         if self.content.is_none() {
@@ -193,24 +186,12 @@ impl Gatekeeper {
             let _ = puppet.syscall("munmap", libc::SYS_munmap, [at.0, PAGE_SIZE, 0, 0, 0, 0]);
             return Err(fail("registering a gate")(io::Error::other(error)));
         }
-        Ok(PreparedGate { at, text })
-    }
-
-    /// Closes the gate: from now on, who comes to the page waits. Ends when something else is moved over the page, followed
-    /// by [`Self::wake`].
-    ///
-    /// # Errors
-    /// The puppet is gone.
-    pub fn close(&self, puppet: &mut Puppet, gate: PreparedGate) -> Result<(), GateError> {
-        let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
-        let arguments = [gate.at.0, PAGE_SIZE, PAGE_SIZE, flags, gate.text.0, 0];
-        puppet.syscall("mremap of a gate", libc::SYS_mremap, arguments)?;
-        Ok(())
+        Ok(at)
     }
 
     /// Removes a gate that was prepared and is not needed.
-    pub fn discard(&self, puppet: &mut Puppet, gate: PreparedGate) {
-        let _ = puppet.syscall("munmap", libc::SYS_munmap, [gate.at.0, PAGE_SIZE, 0, 0, 0, 0]);
+    pub fn discard(&self, puppet: &mut Puppet, gate: TargetAddr) {
+        let _ = puppet.syscall("munmap", libc::SYS_munmap, [gate.0, PAGE_SIZE, 0, 0, 0, 0]);
     }
 
     /// Lets those who wait at `text` look again; what lies there now decides.

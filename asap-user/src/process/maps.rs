@@ -127,7 +127,8 @@ impl Maps {
     }
 
     /// Start of a free range of `length` bytes (rounded up to pages), all of it within `reach` bytes of all of `near`;
-    /// the one nearest to `near`. A page is left free on either side.
+    /// one below `near` if there is any, for above an executable its heap grows. Always the top of a hole, where it is in
+    /// nobody's way. A page is left free on either side.
     #[must_use]
     pub fn gap(&self, near: &Range<TargetAddr>, length: u64, reach: u64) -> Option<TargetAddr> {
         let page = crate::address::PAGE_SIZE;
@@ -144,12 +145,12 @@ impl Maps {
             if high.saturating_sub(low) < length || high < low {
                 continue;
             }
-            // Within the hole, the place nearest to the module: its top below the module, its bottom above.
-            let place = if start <= near.start.0 { (high - length) & !(page - 1) } else { low };
+            let place = (high - length) & !(page - 1);
             if place < low {
                 continue;
             }
-            let distance = place.abs_diff(near.start.0);
+            let above = if place > near.start.0 { HIGHEST } else { 0 };
+            let distance = place.abs_diff(near.start.0) + above;
             if best.is_none_or(|(nearest, _)| distance < nearest) {
                 best = Some((distance, place));
             }

@@ -289,6 +289,12 @@ impl Puppet {
         outcome(rax).map_err(|error| PuppetError::Call { pid: self.target, call, error })
     }
 
+    /// The thread pointer (`fs_base`) of the thread that it was made by.
+    #[must_use]
+    pub fn thread_pointer(&self) -> u64 {
+        self.registers.fs_base
+    }
+
     /// Where callers may put a string of at most 256 bytes for a system call.
     #[must_use]
     pub fn scratch(&self) -> TargetAddr {

@@ -1,0 +1,174 @@
+//! The files that make up a process: its executable, its libraries, the vdso, each with where it is mapped and what its
+//! image says. In the order in which the target's own linker searches them.
+
+use crate::{
+    address::{LoadBias, TargetAddr},
+    image::{Image, ImageBytes},
+    process::{
+        maps::{Mapping, Maps},
+        memory::Memory,
+    },
+};
+use std::{
+    collections::HashMap,
+    fs,
+    ops::Range,
+    sync::Arc,
+};
+
+/// One mapped image.
+#[derive(Clone)]
+pub struct Module {
+    /// Path as the target sees it (without the kernel's mark for deleted files); `[vdso]`.
+    pub path: String,
+    /// From its first to its last executable byte.
+    pub text: Range<TargetAddr>,
+    /// Where the image's addresses lie.
+    pub bias: LoadBias,
+    /// The file.
+    pub image: Arc<Image>,
+    /// A file stands behind it (rather than the kernel).
+    pub is_file: bool,
+    /// The file's name leads elsewhere now, or nowhere.
+    pub is_deleted: bool,
+}
+
+impl Module {
+    /// Last part of the path.
+    #[must_use]
+    pub fn file_name(&self) -> &str {
+        self.path.rsplit('/').next().unwrap_or(&self.path)
+    }
+}
+
+/// Identity of a file as it is mapped.
+type FileKey = (String, u64);
+
+/// Images that have been read, by device and inode; shared by all processes of a target.
+#[derive(Default)]
+pub struct ImageCache {
+    images: HashMap<FileKey, Arc<Image>>,
+}
+
+/// Largest vdso that is read from memory, bytes.
+const VDSO_MOST: u64 = 64 * 1024;
+/// Files up to this size are read; larger ones are mapped.
+const READ_MOST: u64 = 16 << 20;
+
+impl ImageCache {
+    /// Forgets all images: an agent at rest keeps none.
+    pub fn clear(&mut self) {
+        self.images.clear();
+    }
+
+    /// The image behind an executable mapping; `None` for what is no ELF image of ours to understand.
+    fn image(&mut self, pid: i32, mapping: &Mapping, memory: &Memory) -> Option<Arc<Image>> {
+        if mapping.name == "[vdso]" {
+            let bytes = memory.bytes(mapping.range.start, mapping.len().min(VDSO_MOST) as usize).ok()?;
+            return Image::parse("[vdso]", ImageBytes::from(bytes)).ok().map(Arc::new);
+        }
+        let key = (mapping.device.clone(), mapping.inode);
+        if let Some(image) = self.images.get(&key) {
+            return Some(Arc::clone(image));
+        }
+        // By the mapping, not by name: the name may lead to another file by now, or be another namespace's.
+        let file = fs::File::open(mapping.map_file(pid)).ok()?;
+        let length = file.metadata().ok()?.len();
+        let bytes = if length <= READ_MOST {
+            let mut bytes = Vec::with_capacity(length as usize);
+            std::io::Read::read_to_end(&mut std::io::Read::take(&file, READ_MOST), &mut bytes).ok()?;
+            ImageBytes::from(bytes)
+        } else {
+            ImageBytes::map(&file).ok()?
+        };
+        let mut image = Image::parse(mapping.path(), bytes).ok()?;
+        for candidate in image.debug_file_candidates() {
+            // In the target's root first: a container carries its own debug files.
+            let paths = [format!("/proc/{pid}/root{candidate}"), candidate];
+            let found = paths.iter().find_map(|path| fs::read(path).ok());
+            if let Some(bytes) = found
+                && image.add_symbols_from(&bytes).is_ok()
+            {
+                break;
+            }
+        }
+        let image = Arc::new(image);
+        self.images.insert(key, Arc::clone(&image));
+        Some(image)
+    }
+
+    /// The modules of a process, executable first, then in the order of its linker's list. `ours` says which mappings are
+    /// our own copies of text pages.
+    pub fn modules(&mut self, pid: i32, maps: &Maps, memory: &Memory, ours: impl Fn(TargetAddr) -> bool) -> Vec<Module> {
+        let mut modules: Vec<Module> = Vec::new();
+        let mut by_file: HashMap<FileKey, usize> = HashMap::new();
+        for mapping in maps.0.iter().filter(|m| m.executable && (m.is_file() || m.name == "[vdso]")) {
+            if ours(mapping.range.start) {
+                continue;
+            }
+            let key = (mapping.device.clone(), mapping.inode);
+            if let Some(&known) = by_file.get(&key).filter(|_| mapping.is_file()) {
+                let module = &mut modules[known];
+                if module.image.load_bias(mapping.range.start, mapping.file_offset) == Some(module.bias) {
+                    module.text.end = mapping.range.end;
+                }
+                continue;
+            }
+            let Some(image) = self.image(pid, mapping, memory) else { continue };
+            let Some(bias) = image.load_bias(mapping.range.start, mapping.file_offset) else { continue };
+            by_file.insert(key, modules.len());
+            modules.push(Module {
+                path: mapping.path().to_owned(),
+                text: mapping.range.clone(),
+                bias,
+                image,
+                is_file: mapping.is_file(),
+                is_deleted: mapping.is_deleted(),
+            });
+        }
+        let order = search_order(pid, &modules, memory);
+        let rank: HashMap<TargetAddr, usize> = order.into_iter().enumerate().map(|(rank, at)| (at, rank)).collect();
+        modules.sort_by_key(|module| dynamic_section(module).and_then(|at| rank.get(&at)).copied().unwrap_or(usize::MAX));
+        modules
+    }
+}
+
+fn dynamic_section(module: &Module) -> Option<TargetAddr> {
+    module.image.dynamic_address().map(|at| at.in_target(module.bias))
+}
+
+/// Most modules that are followed in a linker's list.
+const MODULES_MOST: usize = 4096;
+const DT_NULL: u64 = 0;
+const DT_DEBUG: u64 = 21;
+
+/// Addresses of the modules' dynamic sections in the order of the target's linker: executable first. Read from `r_debug`
+/// (gABI DT_DEBUG; glibc's `struct link_map`). Empty for static programs.
+fn search_order(pid: i32, modules: &[Module], memory: &Memory) -> Vec<TargetAddr> {
+    let executable = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+    let executable = executable.to_string_lossy();
+    let executable = executable.strip_suffix(" (deleted)").unwrap_or(&executable);
+    let Some(first) = modules.iter().find(|m| m.path == executable).and_then(dynamic_section) else {
+        return Vec::new();
+    };
+    let mut order = vec![first];
+    let debug = (0..256).find_map(|index| {
+        let tag = memory.word(first.offset(index * 16)).ok()?;
+        match tag {
+            DT_NULL => Some(None),
+            DT_DEBUG => Some(memory.word(first.offset(index * 16 + 8)).ok()),
+            _ => None,
+        }
+    });
+    let Some(Some(debug)) = debug else { return order };
+    // struct r_debug: version, then the first link_map; struct link_map: address, name, dynamic section, next.
+    let mut next = memory.word(TargetAddr(debug).offset(8)).unwrap_or(0);
+    while next != 0 && order.len() < MODULES_MOST {
+        let Ok(dynamic) = memory.word(TargetAddr(next).offset(16)) else { break };
+        if dynamic != first.0 {
+            order.push(TargetAddr(dynamic));
+        }
+        next = memory.word(TargetAddr(next).offset(24)).unwrap_or(0);
+    }
+    order
+}
