@@ -7,4 +7,5 @@ pub mod address;
 pub mod fault;
 pub mod image;
 pub mod process;
+pub mod quiesce;
 pub mod report;

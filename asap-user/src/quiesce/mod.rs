@@ -1,0 +1,8 @@
+//! Who is inside the code that is about to change: stack walks, and observation of threads that stops as few of them as
+//! possible. Not for deciding what to do about it.
+
+pub mod observe;
+pub mod unwind;
+
+#[cfg(test)]
+mod tests;
