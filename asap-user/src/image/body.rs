@@ -27,7 +27,7 @@ impl Image {
         let mut ranges = vec![end(function.address, function.size)];
         if let Some(name) = &function.name {
             let cold_name = format!("{name}.cold");
-            let cold = self.symbols.named(&cold_name);
+            let cold = self.symbols().named(&cold_name);
             let same_file = cold.filter(|symbol| function.file.is_none() || symbol.file == function.file);
             for symbol in same_file.filter(|symbol| symbol.size > 0) {
                 push(&mut ranges, end(symbol.address, symbol.size));

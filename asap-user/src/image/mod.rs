@@ -18,7 +18,12 @@ use object::{
     LittleEndian as LE, elf,
     read::elf::{Dyn, FileHeader, ProgramHeader, SectionHeader},
 };
-use std::{fs::File, io, ops::Deref, sync::Arc};
+use std::{
+    fs::File,
+    io,
+    ops::Deref,
+    sync::{Arc, OnceLock},
+};
 use symbols::SymbolTable;
 
 /// The bytes of an image: owned, or a mapped file.
@@ -131,6 +136,12 @@ pub struct Function {
     pub source: BoundsSource,
 }
 
+/// What is looked up by name: built when it is first needed.
+struct Index {
+    symbols: SymbolTable,
+    got: Vec<(String, ImageOffset)>,
+}
+
 /// A parsed ELF executable or shared library.
 pub struct Image {
     name: String,
@@ -143,8 +154,8 @@ pub struct Image {
     soname: Option<String>,
     needed: Vec<String>,
     debug_link: Option<String>,
-    symbols: SymbolTable,
-    got: Vec<(String, ImageOffset)>,
+    debug: Vec<Vec<u8>>,
+    index: OnceLock<Index>,
     unwind: unwind::Tables,
 }
 
@@ -188,8 +199,8 @@ impl Image {
             soname: None,
             needed: Vec::new(),
             debug_link: None,
-            symbols: SymbolTable::default(),
-            got: Vec::new(),
+            debug: Vec::new(),
+            index: OnceLock::new(),
             unwind: unwind::Tables::default(),
             bytes: bytes.clone(),
         };
@@ -197,27 +208,45 @@ impl Image {
             image.take_program_header(program, data);
         }
         image.unwind.locate(programs, &image.segments, data);
-        let mut table = std::mem::take(&mut image.symbols);
         // Section headers are a convenience that a stripped or damaged file may lack.
-        if let Ok(sections) = header.sections(ENDIAN, data) {
-            for section in sections.iter() {
-                if sections.section_name(ENDIAN, section) == Ok(b".gnu_debuglink") {
-                    let link = section.data(ENDIAN, data).ok().and_then(|bytes| bytes.split(|&b| b == 0).next());
-                    image.debug_link = link.map(|name| String::from_utf8_lossy(name).into_owned());
-                }
-                if sections.section_name(ENDIAN, section) == Ok(b".gnu_debugdata")
+        if let Ok(sections) = header.sections(ENDIAN, data)
+            && let Some((_, section)) = sections.section_by_name(ENDIAN, b".gnu_debuglink")
+        {
+            let link = section.data(ENDIAN, data).ok().and_then(|bytes| bytes.split(|&b| b == 0).next());
+            image.debug_link = link.map(|name| String::from_utf8_lossy(name).into_owned());
+        }
+        image.take_dynamic_names(programs, data);
+        Ok(image)
+    }
+
+    fn index(&self) -> &Index {
+        self.index.get_or_init(|| {
+            let data = self.bytes.bytes();
+            let mut symbols = SymbolTable::default();
+            let mut got = Vec::new();
+            if let Ok(header) = Header::parse(data) {
+                if let Ok(sections) = header.sections(ENDIAN, data)
+                    && let Some((_, section)) = sections.section_by_name(ENDIAN, b".gnu_debugdata")
                     && let Ok(packed) = section.data(ENDIAN, data)
                     && let Some(unpacked) = symbols::unpack(packed)
                 {
-                    table.add_symtab(&unpacked);
+                    symbols.add_symtab(&unpacked);
+                }
+                symbols.add_symtab(data);
+                for file in &self.debug {
+                    symbols.add_symtab(file);
+                }
+                if let Ok(programs) = header.program_headers(ENDIAN, data) {
+                    got = self.index_dynamic(programs, data, &mut symbols);
                 }
             }
-        }
-        table.add_symtab(data);
-        image.take_dynamic(programs, data, &mut table);
-        table.finish();
-        image.symbols = table;
-        Ok(image)
+            symbols.finish();
+            Index { symbols, got }
+        })
+    }
+
+    fn symbols(&self) -> &SymbolTable {
+        &self.index().symbols
     }
 
     fn take_program_header(&mut self, program: &elf::ProgramHeader64<LE>, data: &[u8]) {
@@ -253,56 +282,64 @@ impl Image {
         }
     }
 
-    /// Dynamic symbols, needed libraries and the slots that the linker fills: by program header, not by section.
-    fn take_dynamic(&mut self, programs: &[elf::ProgramHeader64<LE>], data: &[u8], table: &mut SymbolTable) {
-        let Some(entries) = programs.iter().find_map(|p| p.dynamic(ENDIAN, data).ok().flatten()) else { return };
-        let mut tags = std::collections::HashMap::new();
-        let (mut needed, mut soname) = (Vec::new(), None);
-        for entry in entries {
-            let Some(tag) = entry.tag32(ENDIAN) else { continue };
-            let value = entry.d_val(ENDIAN);
-            match tag {
-                elf::DT_NULL => break,
-                elf::DT_NEEDED => needed.push(value),
-                elf::DT_SONAME => soname = Some(value),
-                _ => {
-                    tags.insert(tag, value);
-                }
-            }
-        }
-        let area = |tag: u32| tags.get(&tag).and_then(|&at| self.file_tail(ImageOffset(at)));
-        let (Some(symbols), Some(strings)) = (area(elf::DT_SYMTAB), area(elf::DT_STRTAB)) else { return };
-        let strings = &strings[..strings.len().min(tags.get(&elf::DT_STRSZ).map_or(usize::MAX, |&size| size as usize))];
-        let text = |at: u64| symbols::string_at(strings, at);
-        let soname = soname.and_then(text);
-        let needed = needed.into_iter().filter_map(text).collect();
+    /// DT_NEEDED and DT_SONAME.
+    fn take_dynamic_names(&mut self, programs: &[elf::ProgramHeader64<LE>], data: &[u8]) {
+        let tags = dynamic_tags(programs, data);
+        let Some(strings) = self.dynamic_strings(&tags) else { return };
+        let text = |(_, at): &(u32, u64)| symbols::string_at(strings, *at);
+        let needed = tags.iter().filter(|(tag, _)| *tag == elf::DT_NEEDED).filter_map(text).collect();
+        let soname = tags.iter().find(|(tag, _)| *tag == elf::DT_SONAME).and_then(text);
+        (self.needed, self.soname) = (needed, soname);
+    }
+
+    fn dynamic_strings(&self, tags: &[(u32, u64)]) -> Option<&[u8]> {
+        let value = |wanted: u32| tags.iter().find(|(tag, _)| *tag == wanted).map(|&(_, value)| value);
+        let strings = self.file_tail(ImageOffset(value(elf::DT_STRTAB)?))?;
+        let size = value(elf::DT_STRSZ).map_or(usize::MAX, |size| usize::try_from(size).unwrap_or(usize::MAX));
+        Some(&strings[..strings.len().min(size)])
+    }
+
+    /// Dynamic symbols, and the slots that the linker fills: by program header, not by section.
+    fn index_dynamic(
+        &self,
+        programs: &[elf::ProgramHeader64<LE>],
+        data: &[u8],
+        table: &mut SymbolTable,
+    ) -> Vec<(String, ImageOffset)> {
+        let tags = dynamic_tags(programs, data);
+        let value = |wanted: u32| tags.iter().find(|(tag, _)| *tag == wanted).map(|&(_, value)| value);
+        let area = |tag: u32| value(tag).and_then(|at| self.file_tail(ImageOffset(at)));
+        let (Some(symbols), Some(strings)) = (area(elf::DT_SYMTAB), self.dynamic_strings(&tags)) else {
+            return Vec::new();
+        };
         let most = symbols.len() / 24;
         let count = symbols::dynamic_count(area(elf::DT_GNU_HASH), area(elf::DT_HASH)).unwrap_or(0);
         let mut got = Vec::new();
         let mut highest = count;
         for (at, size) in [(elf::DT_RELA, elf::DT_RELASZ), (elf::DT_JMPREL, elf::DT_PLTRELSZ)] {
-            let (Some(bytes), Some(&size)) = (area(at), tags.get(&size)) else { continue };
-            let bytes = &bytes[..bytes.len().min(size as usize)];
+            let (Some(bytes), Some(size)) = (area(at), value(size)) else { continue };
+            let bytes = &bytes[..bytes.len().min(usize::try_from(size).unwrap_or(usize::MAX))];
             for rela in bytes.chunks_exact(24) {
                 let word = |index: usize| rela[index..index + 8].try_into().map_or(0, u64::from_le_bytes);
                 let (offset, info) = (word(0), word(8));
                 let (symbol, kind) = ((info >> 32) as usize, info as u32);
-                highest = highest.max(symbol + 1);
                 let slots = [elf::R_X86_64_GLOB_DAT, elf::R_X86_64_JUMP_SLOT, elf::R_X86_64_64, elf::R_X86_64_TPOFF64];
+                if symbol == 0 || symbol >= most {
+                    continue;
+                }
+                highest = highest.max(symbol + 1);
                 // With an addend the slot holds something else than the symbol.
-                if symbol != 0 && slots.contains(&kind) && word(16) == 0 && symbol < most {
-                    let name_at =
-                        u32::from_le_bytes(symbols[symbol * 24..symbol * 24 + 4].try_into().unwrap_or_default());
-                    if let Some(name) = text(u64::from(name_at)) {
+                if slots.contains(&kind) && word(16) == 0 {
+                    let name_at = symbols[symbol * 24..symbol * 24 + 4].try_into().unwrap_or_default();
+                    if let Some(name) = symbols::string_at(strings, u64::from(u32::from_le_bytes(name_at))) {
                         got.push((name, ImageOffset(offset)));
                     }
                 }
             }
         }
         got.sort();
-        let versions = area(elf::DT_VERSYM);
-        table.add_dynamic(&symbols[..highest.min(most) * 24], strings, versions);
-        (self.got, self.soname, self.needed) = (got, soname, needed);
+        table.add_dynamic(&symbols[..highest.min(most) * 24], strings, area(elf::DT_VERSYM));
+        got
     }
 
     /// File bytes from `at` to the end of its segment.
@@ -432,22 +469,22 @@ impl Image {
         if id.is_none() || id != self.build_id {
             return Err(ImageError::OtherBuild(self.name.clone()));
         }
-        self.symbols.add_symtab(debug_file);
-        self.symbols.finish();
+        self.debug.push(debug_file.to_vec());
+        self.index = OnceLock::new();
         Ok(())
     }
 
     /// A symbol that other modules can use.
     #[must_use]
     pub fn export(&self, name: &str) -> Option<Symbol> {
-        self.symbols.named(name).find(|symbol| symbol.exported).cloned()
+        self.symbols().named(name).find(|symbol| symbol.exported)
     }
 
     /// All definitions of `name`, static ones included; in source file `file` only, where given.
     #[must_use]
     pub fn locals(&self, name: &str, file: Option<&str>) -> Vec<Symbol> {
         let mut found: Vec<Symbol> =
-            self.symbols.named(name).filter(|s| file.is_none_or(|file| s.is_from(file))).cloned().collect();
+            self.symbols().named(name).filter(|s| file.is_none_or(|file| s.is_from(file))).collect();
         found.sort_by_key(|symbol| symbol.address);
         found.dedup_by_key(|symbol| symbol.address);
         found
@@ -456,8 +493,9 @@ impl Image {
     /// Slots that the target's linker fills with the address (or thread-pointer offset) of `name`.
     #[must_use]
     pub fn got_slots(&self, name: &str) -> Vec<ImageOffset> {
-        let start = self.got.partition_point(|(known, _)| known.as_str() < name);
-        self.got[start..].iter().take_while(|(known, _)| known == name).map(|&(_, slot)| slot).collect()
+        let got = &self.index().got;
+        let start = got.partition_point(|(known, _)| known.as_str() < name);
+        got[start..].iter().take_while(|(known, _)| known == name).map(|&(_, slot)| slot).collect()
     }
 
     /// Its unwind tables.
@@ -469,9 +507,16 @@ impl Image {
     /// Name and offset for an address, demangled.
     #[must_use]
     pub fn symbolise(&self, at: ImageOffset) -> Option<(String, u64)> {
-        let symbol = self.symbols.function_containing(at)?;
+        let symbol = self.symbols().function_containing(at)?;
         Some((demangle(&symbol.name), at.0 - symbol.address.0))
     }
+}
+
+/// The dynamic section as tags and values, up to DT_NULL.
+fn dynamic_tags(programs: &[elf::ProgramHeader64<LE>], data: &[u8]) -> Vec<(u32, u64)> {
+    let entries = programs.iter().find_map(|p| p.dynamic(ENDIAN, data).ok().flatten()).unwrap_or_default();
+    let tags = entries.iter().filter_map(|entry| Some((entry.tag32(ENDIAN)?, entry.d_val(ENDIAN))));
+    tags.take_while(|(tag, _)| *tag != elf::DT_NULL).collect()
 }
 
 #[cfg(test)]

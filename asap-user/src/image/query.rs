@@ -81,7 +81,7 @@ impl Image {
             let found = self.function_at(at).filter(|function| function.address == at);
             return found.ok_or(LookupError::Unknown { name, similar: Vec::new() });
         }
-        let mut found: Vec<&Symbol> = self.symbols.named(&query.name).collect();
+        let mut found: Vec<Symbol> = self.symbols().named(&query.name).collect();
         if found.is_empty() {
             found = self.demangled(&query.name);
         }
@@ -115,23 +115,22 @@ impl Image {
         }
     }
 
-    fn demangled(&self, name: &str) -> Vec<&Symbol> {
+    fn demangled(&self, name: &str) -> Vec<Symbol> {
         // Only names that can be meant are demangled: the last component stands in the raw name as it is.
         let last = name.split('(').next().unwrap_or(name).rsplit("::").next().unwrap_or(name);
         let last = last.trim_start_matches('~').split('<').next().unwrap_or(last);
         if last.is_empty() {
             return Vec::new();
         }
-        let mangled = |symbol: &&Symbol| symbol.name.starts_with("_Z") || symbol.name.starts_with("_R");
-        self.symbols
-            .code()
-            .filter(mangled)
-            .filter(|symbol| symbol.name.contains(last))
-            .filter(|symbol| {
-                let plain = demangle(&symbol.name);
-                plain == name || (!name.contains('(') && plain.split('(').next() == Some(name))
-            })
-            .collect()
+        let can_mean = |raw: &[u8]| {
+            (raw.starts_with(b"_Z") || raw.starts_with(b"_R"))
+                && raw.windows(last.len()).any(|window| window == last.as_bytes())
+        };
+        let means = |symbol: &Symbol| {
+            let plain = demangle(&symbol.name);
+            plain == name || (!name.contains('(') && plain.split('(').next() == Some(name))
+        };
+        self.symbols().code_where(can_mean).filter(means).collect()
     }
 
     /// The symbol as a function; its end from the unwind table where the symbol does not tell.
@@ -148,8 +147,8 @@ impl Image {
     /// The function that holds `at`.
     #[must_use]
     pub fn function_at(&self, at: ImageOffset) -> Option<Function> {
-        if let Some(symbol) = self.symbols.function_containing(at)
-            && let Some(function) = self.complete(symbol)
+        if let Some(symbol) = self.symbols().function_containing(at)
+            && let Some(function) = self.complete(&symbol)
             && at.0 - function.address.0 < function.size
         {
             return Some(function);
@@ -162,24 +161,24 @@ impl Image {
     /// All functions that are known by name, by address.
     pub fn functions(&self) -> impl Iterator<Item = Function> + '_ {
         let mut last = None;
-        self.symbols.code().filter_map(move |symbol| {
+        self.symbols().code().filter_map(move |symbol| {
             if last.replace(symbol.address) == Some(symbol.address) {
                 return None;
             }
-            self.complete(symbol)
+            self.complete(&symbol)
         })
     }
 
     /// The first function or symbol that begins behind `at`.
     #[must_use]
     pub fn next_function_start(&self, at: ImageOffset) -> Option<ImageOffset> {
-        self.symbols.next_code(at)
+        self.symbols().next_code(at)
     }
 
     fn similar(&self, name: &str) -> Vec<String> {
         let lower = name.to_lowercase();
         let mut close: Vec<(usize, String)> = Vec::new();
-        for symbol in self.symbols.code() {
+        for symbol in self.symbols().code() {
             // A long list of symbols is not worth a long wait: only names of about the same length are compared.
             if symbol.name.len().abs_diff(name.len()) <= 3 {
                 let distance = distance(&symbol.name.to_lowercase(), &lower);

@@ -5,9 +5,9 @@ use super::{BoundsSource, Function};
 use crate::address::ImageOffset;
 use object::{
     LittleEndian as LE, elf,
-    read::elf::{FileHeader, Sym},
+    read::elf::{FileHeader, SectionHeader, Sym},
 };
-use std::collections::HashMap;
+use std::sync::Arc;
 
 /// What a symbol stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,19 +58,43 @@ impl Symbol {
     pub fn is_from(&self, file: &str) -> bool {
         self.file.as_deref().is_some_and(|own| own == file || own.rsplit('/').next() == Some(file))
     }
-
-    fn is_code(&self) -> bool {
-        matches!(self.kind, SymbolKind::Function | SymbolKind::Ifunc)
-    }
 }
 
-/// All symbols of an image.
-#[derive(Debug, Default)]
+/// A symbol as its table has it: the name stays where it is.
+#[derive(Clone, Copy)]
+struct Raw {
+    /// Which of the string tables, and where in it.
+    strings: u32,
+    name: u32,
+    value: u64,
+    size: u64,
+    kind: SymbolKind,
+    binding: Binding,
+    exported: bool,
+    /// Index of the STT_FILE symbol in front of a local one, plus one.
+    file: u32,
+}
+
+/// All symbols of an image. Names are kept as places in their string tables, so that a large file costs little.
+#[derive(Default)]
 pub(super) struct SymbolTable {
-    all: Vec<Symbol>,
-    by_name: HashMap<String, Vec<u32>>,
+    strings: Vec<Arc<[u8]>>,
+    all: Vec<Raw>,
+    files: Vec<(u32, u32)>,
+    /// Hash of the name and index, sorted.
+    by_name: Vec<(u64, u32)>,
     /// Code symbols, by address; of several at one address the one with the best name first.
     code: Vec<u32>,
+}
+
+fn hash(name: &[u8]) -> u64 {
+    // FNV-1a: names are short, and a hostile table gains nothing but a slow search in its own names.
+    name.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+}
+
+fn name_at(strings: &[u8], at: u32) -> Option<&[u8]> {
+    let tail = strings.get(at as usize..)?;
+    Some(&tail[..tail.iter().position(|&byte| byte == 0)?])
 }
 
 /// Largest unpacked .gnu_debugdata, bytes.
@@ -127,7 +151,7 @@ pub(super) fn dynamic_count(gnu: Option<&[u8]>, sysv: Option<&[u8]>) -> Option<u
     Some(index + 1)
 }
 
-fn symbol(name: String, value: u64, size: u64, info: u8, section: u16) -> Option<Symbol> {
+fn raw(strings: u32, name: u32, value: u64, size: u64, info: u8, section: u16) -> Option<Raw> {
     let kind = match info & 0xf {
         elf::STT_FUNC => SymbolKind::Function,
         elf::STT_GNU_IFUNC => SymbolKind::Ifunc,
@@ -135,7 +159,7 @@ fn symbol(name: String, value: u64, size: u64, info: u8, section: u16) -> Option
         elf::STT_TLS => SymbolKind::Tls,
         _ => return None,
     };
-    if section == elf::SHN_UNDEF || name.is_empty() {
+    if section == elf::SHN_UNDEF || name == 0 {
         return None;
     }
     let binding = match info >> 4 {
@@ -143,23 +167,24 @@ fn symbol(name: String, value: u64, size: u64, info: u8, section: u16) -> Option
         elf::STB_WEAK => Binding::Weak,
         _ => Binding::Global,
     };
-    Some(Symbol { name, address: ImageOffset(value), size, kind, binding, file: None, exported: false })
+    Some(Raw { strings, name, value, size, kind, binding, exported: false, file: 0 })
 }
 
 impl SymbolTable {
     /// Adds .dynsym, given as raw tables. `versions` is DT_VERSYM: hidden versions are not found by name.
     pub(super) fn add_dynamic(&mut self, symbols: &[u8], strings: &[u8], versions: Option<&[u8]>) {
         const VERSYM_HIDDEN: u8 = 0x80;
-        for (index, raw) in symbols.chunks_exact(24).enumerate() {
+        let table = self.strings.len() as u32;
+        self.strings.push(strings.into());
+        for (index, entry) in symbols.chunks_exact(24).enumerate() {
             let hidden = versions.and_then(|v| v.get(index * 2 + 1)).is_some_and(|high| high & VERSYM_HIDDEN != 0);
-            let at = u32::from_le_bytes(raw[..4].try_into().unwrap_or_default());
-            let word = |at: usize| raw[at..at + 8].try_into().map_or(0, u64::from_le_bytes);
-            let section = u16::from_le_bytes([raw[6], raw[7]]);
-            let Some(name) = string_at(strings, u64::from(at)) else { continue };
-            if let Some(symbol) = symbol(name, word(8), word(16), raw[4], section)
+            let name = u32::from_le_bytes(entry[..4].try_into().unwrap_or_default());
+            let word = |at: usize| entry[at..at + 8].try_into().map_or(0, u64::from_le_bytes);
+            let section = u16::from_le_bytes([entry[6], entry[7]]);
+            if let Some(symbol) = raw(table, name, word(8), word(16), entry[4], section)
                 && symbol.binding != Binding::Local
             {
-                self.all.push(Symbol { exported: !hidden, ..symbol });
+                self.all.push(Raw { exported: !hidden, ..symbol });
             }
         }
     }
@@ -168,21 +193,30 @@ impl SymbolTable {
     pub(super) fn add_symtab(&mut self, data: &[u8]) {
         let Ok(header) = elf::FileHeader64::<LE>::parse(data) else { return };
         let Ok(sections) = header.sections(LE, data) else { return };
-        let Ok(table) = sections.symbols(LE, data, elf::SHT_SYMTAB) else { return };
-        let mut file: Option<String> = None;
-        for raw in table.iter() {
-            let Ok(name) = raw.name(LE, table.strings()) else { continue };
-            let name = String::from_utf8_lossy(name).into_owned();
-            if raw.st_type() == elf::STT_FILE {
-                file = Some(name).filter(|name| !name.is_empty());
+        let Ok(symbols) = sections.symbols(LE, data, elf::SHT_SYMTAB) else { return };
+        let Ok(section) = sections.section(symbols.string_section()) else { return };
+        let Ok(strings) = section.data(LE, data) else { return };
+        let table = self.strings.len() as u32;
+        self.strings.push(strings.into());
+        self.all.reserve(symbols.len());
+        let mut file = 0;
+        for entry in symbols.iter() {
+            let name = entry.st_name(LE);
+            if entry.st_type() == elf::STT_FILE {
+                file = 0;
+                if name != 0 {
+                    self.files.push((table, name));
+                    file = self.files.len() as u32;
+                }
                 continue;
             }
-            if raw.st_shndx(LE) == elf::SHN_ABS {
+            if entry.st_shndx(LE) == elf::SHN_ABS {
                 continue;
             }
-            if let Some(mut symbol) = symbol(name, raw.st_value(LE), raw.st_size(LE), raw.st_info(), raw.st_shndx(LE)) {
+            let symbol = raw(table, name, entry.st_value(LE), entry.st_size(LE), entry.st_info(), entry.st_shndx(LE));
+            if let Some(mut symbol) = symbol {
                 if symbol.binding == Binding::Local {
-                    symbol.file.clone_from(&file);
+                    symbol.file = file;
                 }
                 self.all.push(symbol);
             }
@@ -191,41 +225,71 @@ impl SymbolTable {
 
     /// Builds the indexes.
     pub(super) fn finish(&mut self) {
-        self.by_name.clear();
-        for (index, symbol) in self.all.iter().enumerate() {
-            self.by_name.entry(symbol.name.clone()).or_default().push(index as u32);
-        }
-        self.code = (0..self.all.len() as u32).filter(|&index| self.all[index as usize].is_code()).collect();
-        let all = &self.all;
-        self.code.sort_by_key(|&index| {
-            let symbol = &all[index as usize];
-            (symbol.address, symbol.size == 0, symbol.binding == Binding::Local, symbol.name.len())
+        self.by_name = (0..self.all.len() as u32).map(|index| (hash(self.name(index)), index)).collect();
+        self.by_name.sort_unstable();
+        let is_code = |raw: &Raw| matches!(raw.kind, SymbolKind::Function | SymbolKind::Ifunc);
+        let mut code: Vec<u32> =
+            (0..self.all.len() as u32).filter(|&index| is_code(&self.all[index as usize])).collect();
+        code.sort_unstable_by_key(|&index| {
+            let symbol = &self.all[index as usize];
+            (symbol.value, symbol.size == 0, symbol.binding == Binding::Local, index)
         });
+        self.code = code;
+    }
+
+    fn name(&self, index: u32) -> &[u8] {
+        let raw = &self.all[index as usize];
+        self.strings.get(raw.strings as usize).and_then(|strings| name_at(strings, raw.name)).unwrap_or_default()
+    }
+
+    fn symbol(&self, index: u32) -> Symbol {
+        let raw = &self.all[index as usize];
+        let text = |(table, at): (u32, u32)| {
+            let bytes = self.strings.get(table as usize).and_then(|strings| name_at(strings, at)).unwrap_or_default();
+            String::from_utf8_lossy(bytes).into_owned()
+        };
+        Symbol {
+            name: text((raw.strings, raw.name)),
+            address: ImageOffset(raw.value),
+            size: raw.size,
+            kind: raw.kind,
+            binding: raw.binding,
+            file: (raw.file as usize).checked_sub(1).and_then(|file| self.files.get(file)).map(|&file| text(file)),
+            exported: raw.exported,
+        }
     }
 
     /// All symbols with that raw name.
-    pub(super) fn named(&self, name: &str) -> impl Iterator<Item = &Symbol> {
-        self.by_name.get(name).into_iter().flatten().map(|&index| &self.all[index as usize])
+    pub(super) fn named(&self, name: &str) -> impl Iterator<Item = Symbol> {
+        let wanted = hash(name.as_bytes());
+        let start = self.by_name.partition_point(|&(hash, _)| hash < wanted);
+        let same = self.by_name[start..].iter().take_while(move |&&(hash, _)| hash == wanted);
+        same.filter(move |&&(_, index)| self.name(index) == name.as_bytes()).map(|&(_, index)| self.symbol(index))
+    }
+
+    /// Code symbols whose raw name `wanted` accepts, by address.
+    pub(super) fn code_where(&self, wanted: impl Fn(&[u8]) -> bool) -> impl Iterator<Item = Symbol> {
+        self.code.iter().filter(move |&&index| wanted(self.name(index))).map(|&index| self.symbol(index))
     }
 
     /// All code symbols, by address.
-    pub(super) fn code(&self) -> impl DoubleEndedIterator<Item = &Symbol> {
-        self.code.iter().map(|&index| &self.all[index as usize])
+    pub(super) fn code(&self) -> impl Iterator<Item = Symbol> {
+        self.code.iter().map(|&index| self.symbol(index))
     }
 
     /// The code symbol that starts at or before `at` and holds it.
-    pub(super) fn function_containing(&self, at: ImageOffset) -> Option<&Symbol> {
-        let next = self.code.partition_point(|&index| self.all[index as usize].address <= at);
-        let last = self.all.get(*self.code[..next].last()? as usize)?;
-        let first = self.code.partition_point(|&index| self.all[index as usize].address < last.address);
-        let best = &self.all[self.code[first] as usize];
+    pub(super) fn function_containing(&self, at: ImageOffset) -> Option<Symbol> {
+        let next = self.code.partition_point(|&index| self.all[index as usize].value <= at.0);
+        let last = self.all.get(*self.code[..next].last()? as usize)?.value;
+        let first = self.code.partition_point(|&index| self.all[index as usize].value < last);
+        let best = self.symbol(*self.code.get(first)?);
         (best.size == 0 || at.0 - best.address.0 < best.size).then_some(best)
     }
 
     /// The first code symbol behind `at`.
     pub(super) fn next_code(&self, at: ImageOffset) -> Option<ImageOffset> {
-        let next = self.code.partition_point(|&index| self.all[index as usize].address <= at);
-        self.code.get(next).map(|&index| self.all[index as usize].address)
+        let next = self.code.partition_point(|&index| self.all[index as usize].value <= at.0);
+        self.code.get(next).map(|&index| ImageOffset(self.all[index as usize].value))
     }
 }
 
