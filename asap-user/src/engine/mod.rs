@@ -1,3 +1,189 @@
 //! The patch transaction: plan, stage, quiesce, commit, revert. Knows nothing of sockets and command lines.
 
+mod apply;
+mod check;
+mod exchange;
+mod hooks;
 pub mod ledger;
+mod modules;
+mod plan;
+mod process;
+mod refuse;
+mod resolve;
+mod revert;
+mod stage;
+mod target;
+mod text;
+mod transaction;
+
+use crate::report::{
+    AttachReport, AttachRequest, DetachReport, DetachRequest, Failure, Operations, PatchReport, PatchRequest, Progress,
+    RevertRequest, StatusReport, StatusRequest,
+};
+use modules::ImageCache;
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+use target::Target;
+
+/// The engine: all targets of an agent. Lives on one thread, the one that traces.
+pub struct Engine {
+    targets: BTreeMap<i32, Target>,
+    images: ImageCache,
+    observers: check::Observers,
+}
+
+impl Default for Engine {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Engine {
+    /// An engine with nothing attached. Loads what the kernel offers for looking at threads.
+    #[must_use]
+    pub fn new() -> Self {
+        Self { targets: BTreeMap::new(), images: ImageCache::default(), observers: check::Observers::load() }
+    }
+
+    /// The pid of the target that a request means.
+    fn meant(&self, pid: Option<i32>) -> Result<i32, Failure> {
+        let attached = || self.targets.keys().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        match (pid, self.targets.len()) {
+            (Some(pid), _) if self.targets.contains_key(&pid) => Ok(pid),
+            (Some(pid), _) => {
+                let root = self.targets.values().find(|target| target.processes.contains_key(&pid));
+                let (message, way_out) = match root {
+                    Some(target) => (
+                        format!("process {pid} belongs to the target {}", target.root),
+                        format!("name the target: --pid {}", target.root),
+                    ),
+                    None => {
+                        (format!("process {pid} is not attached"), format!("attach first: asap attach --pid {pid}"))
+                    }
+                };
+                Err(Failure::refused(message, way_out))
+            }
+            (None, 0) => Err(Failure::refused("nothing is attached", "attach first: asap attach --pid PID")),
+            (None, 1) => Ok(*self.targets.keys().next().unwrap_or(&0)),
+            (None, _) => Err(Failure {
+                kind: crate::report::FailureKind::Usage,
+                ..Failure::refused(format!("several targets are attached: {}", attached()), "say which one with --pid")
+            }),
+        }
+    }
+}
+
+fn micros_since(begin: Instant) -> u64 {
+    u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX)
+}
+
+impl Operations for Engine {
+    fn attach(&mut self, request: &AttachRequest, progress: &mut dyn FnMut(Progress)) -> Result<AttachReport, Failure> {
+        let begin = Instant::now();
+        let pid = request.pid;
+        self.housekeeping();
+        if self.targets.contains_key(&pid) {
+            return Err(Failure::refused(format!("process {pid} is attached already"), "go on with asap patch"));
+        }
+        if let Some(target) = self.targets.values().find(|target| target.processes.contains_key(&pid)) {
+            return Err(Failure::refused(
+                format!("process {pid} is attached already, as part of the target {}", target.root),
+                format!("go on with asap patch --pid {}", target.root),
+            ));
+        }
+        progress(Progress { step: format!("attaching to {pid}"), fraction: None });
+        let mut target = Target::attach(pid, request.only)?;
+        if let Some(process) = target.processes.get(&pid) {
+            let modules = self.images.modules(pid, &process.maps()?, &process.memory, |at| process.is_ours(at));
+            self.images.clear();
+            target.set_build_id(modules.first().and_then(|module| module.image.build_id_hex()));
+            if let Some(module) = modules.first().filter(|module| module.is_deleted) {
+                target.notes.push(format!("{} was replaced on disk since the process started", module.path));
+            }
+        }
+        let report = AttachReport {
+            adopted: target.was_adopted(),
+            target: target.report(),
+            total_us: micros_since(begin),
+            longest_stop_us: u64::try_from(target.longest_stop().as_micros()).unwrap_or(u64::MAX),
+        };
+        self.targets.insert(pid, target);
+        Ok(report)
+    }
+
+    fn patch(&mut self, request: &PatchRequest, progress: &mut dyn FnMut(Progress)) -> Result<PatchReport, Failure> {
+        let pid = self.meant(request.pid)?;
+        let target = self.targets.get_mut(&pid).ok_or_else(|| process::gone(pid, "it is not there"))?;
+        let report = apply::patch(target, &mut self.images, &mut self.observers, request, progress);
+        self.images.clear();
+        report
+    }
+
+    fn revert(&mut self, request: &RevertRequest, progress: &mut dyn FnMut(Progress)) -> Result<PatchReport, Failure> {
+        let pid = self.meant(request.pid)?;
+        let target = self.targets.get_mut(&pid).ok_or_else(|| process::gone(pid, "it is not there"))?;
+        let report = revert::revert(target, &mut self.images, &mut self.observers, request, progress);
+        self.images.clear();
+        report
+    }
+
+    fn detach(&mut self, request: &DetachRequest, progress: &mut dyn FnMut(Progress)) -> Result<DetachReport, Failure> {
+        let pid = self.meant(request.pid)?;
+        let mut reverted = Vec::new();
+        let target = self.targets.get_mut(&pid).ok_or_else(|| process::gone(pid, "it is not there"))?;
+        if request.revert {
+            while let Some(newest) = target.patches().pop() {
+                let revert = RevertRequest {
+                    pid: Some(pid),
+                    patch: Some(newest.id.0.to_string()),
+                    timeout_ms: request.timeout_ms,
+                    consistency: crate::report::Consistency::Quiescent,
+                };
+                let report = revert::revert(target, &mut self.images, &mut self.observers, &revert, progress)?;
+                reverted.push(report.patch);
+            }
+        }
+        // Children that were forked a moment ago carry a home of ours as well.
+        target.discover()?;
+        let remaining = target.patches();
+        let clean = target.leave_all();
+        self.targets.remove(&pid);
+        self.images.clear();
+        Ok(DetachReport { pid, reverted, remaining, clean })
+    }
+
+    fn status(&mut self, request: &StatusRequest) -> Result<StatusReport, Failure> {
+        self.housekeeping();
+        let targets = match request.pid {
+            Some(pid) => {
+                let pid = self.meant(Some(pid))?;
+                self.targets.get(&pid).map(Target::report).into_iter().collect()
+            }
+            None => self.targets.values().map(Target::report).collect(),
+        };
+        Ok(StatusReport { agent: std::process::id() as i32, version: env!("CARGO_PKG_VERSION").into(), targets })
+    }
+
+    fn housekeeping(&mut self) {
+        self.targets.retain(|pid, target| {
+            let alive = target.is_alive();
+            if !alive {
+                tracing::info!(pid, "the target has ended");
+            }
+            alive
+        });
+        for target in self.targets.values_mut() {
+            if let Err(failure) = target.discover() {
+                tracing::warn!(pid = target.root, %failure, "a child process could not be taken into care");
+            }
+        }
+    }
+}
+
+/// Time limit of a request as an instant.
+fn deadline(timeout_ms: u64) -> (Instant, Duration) {
+    let limit = Duration::from_millis(timeout_ms).min(Duration::from_secs(7 * 24 * 3600));
+    (Instant::now() + limit, limit)
+}

@@ -10,7 +10,7 @@ use crate::{
     },
 };
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs,
     ops::Range,
     sync::Arc,
@@ -48,6 +48,8 @@ type FileKey = (String, u64);
 #[derive(Default)]
 pub struct ImageCache {
     images: HashMap<FileKey, Arc<Image>>,
+    /// Paths of modules for which there is no debug file, or whose debug file has been added.
+    without_debug: HashSet<String>,
 }
 
 /// Largest vdso that is read from memory, bytes.
@@ -59,6 +61,7 @@ impl ImageCache {
     /// Forgets all images: an agent at rest keeps none.
     pub fn clear(&mut self) {
         self.images.clear();
+        self.without_debug.clear();
     }
 
     /// The image behind an executable mapping; `None` for what is no ELF image of ours to understand.
@@ -81,25 +84,43 @@ impl ImageCache {
         } else {
             ImageBytes::map(&file).ok()?
         };
-        let mut image = Image::parse(mapping.path(), bytes).ok()?;
-        for candidate in image.debug_file_candidates() {
-            // In the target's root first: a container carries its own debug files.
-            let paths = [format!("/proc/{pid}/root{candidate}"), candidate];
-            let found = paths.iter().find_map(|path| fs::read(path).ok());
-            if let Some(bytes) = found
-                && image.add_symbols_from(&bytes).is_ok()
-            {
-                break;
-            }
-        }
-        let image = Arc::new(image);
+        let image = Arc::new(Image::parse(mapping.path(), bytes).ok()?);
         self.images.insert(key, Arc::clone(&image));
         Some(image)
     }
 
+    /// Adds the symbols of a module's separate debug file, if there is one for exactly this build; says whether.
+    pub fn add_debug_symbols(&mut self, pid: i32, module: &mut Module) -> bool {
+        if !module.is_file || self.without_debug.contains(&module.path) {
+            return false;
+        }
+        for candidate in module.image.debug_file_candidates() {
+            // In the target's root first: a container carries its own debug files.
+            let paths = [format!("/proc/{pid}/root{candidate}"), candidate];
+            let Some(bytes) = paths.iter().find_map(|path| fs::read(path).ok()) else { continue };
+            if let Ok(image) = module.image.with_symbols_from(&bytes) {
+                let image = Arc::new(image);
+                for known in self.images.values_mut().filter(|known| Arc::ptr_eq(known, &module.image)) {
+                    *known = Arc::clone(&image);
+                }
+                module.image = image;
+                self.without_debug.insert(module.path.clone());
+                return true;
+            }
+        }
+        self.without_debug.insert(module.path.clone());
+        false
+    }
+
     /// The modules of a process, executable first, then in the order of its linker's list. `ours` says which mappings are
     /// our own copies of text pages.
-    pub fn modules(&mut self, pid: i32, maps: &Maps, memory: &Memory, ours: impl Fn(TargetAddr) -> bool) -> Vec<Module> {
+    pub fn modules(
+        &mut self,
+        pid: i32,
+        maps: &Maps,
+        memory: &Memory,
+        ours: impl Fn(TargetAddr) -> bool,
+    ) -> Vec<Module> {
         let mut modules: Vec<Module> = Vec::new();
         let mut by_file: HashMap<FileKey, usize> = HashMap::new();
         for mapping in maps.0.iter().filter(|m| m.executable && (m.is_file() || m.name == "[vdso]")) {
@@ -128,7 +149,8 @@ impl ImageCache {
         }
         let order = search_order(pid, &modules, memory);
         let rank: HashMap<TargetAddr, usize> = order.into_iter().enumerate().map(|(rank, at)| (at, rank)).collect();
-        modules.sort_by_key(|module| dynamic_section(module).and_then(|at| rank.get(&at)).copied().unwrap_or(usize::MAX));
+        modules
+            .sort_by_key(|module| dynamic_section(module).and_then(|at| rank.get(&at)).copied().unwrap_or(usize::MAX));
         modules
     }
 }

@@ -28,7 +28,10 @@ pub fn check(pid: i32) -> Result<ProcessInfo, Failure> {
     }
     if matches!(info.state, 'Z' | 'X') {
         return Err(Failure::refused(
-            format!("process {pid} ({name}) has ended: it is a zombie, kept until its parent {} asks for it", info.parent),
+            format!(
+                "process {pid} ({name}) has ended: it is a zombie, kept until its parent {} asks for it",
+                info.parent
+            ),
             "name a process that runs",
         ));
     }
@@ -60,7 +63,9 @@ pub fn check(pid: i32) -> Result<ProcessInfo, Failure> {
     if class != 2 || machine != 62 {
         let what = if class == 1 { "a 32-bit program" } else { "not an x86-64 program" };
         return Err(Failure::refused(
-            format!("process {pid} ({name}) is {what} (ELF class {class}, machine {machine}); asap repairs x86-64 processes"),
+            format!(
+                "process {pid} ({name}) is {what} (ELF class {class}, machine {machine}); asap repairs x86-64 processes"
+            ),
             "restart this process with a repaired binary",
         ));
     }

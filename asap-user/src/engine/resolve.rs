@@ -42,7 +42,10 @@ impl Resolver for TargetScope<'_> {
             several => {
                 let files: Vec<_> = several.iter().map(|s| s.file.as_deref().unwrap_or("?")).collect();
                 let name = &import.name;
-                let message = format!("{name} is ambiguous: it is defined in {}; say which with ASAP_IMPORT(\"FILE:{name}\")", files.join(", "));
+                let message = format!(
+                    "{name} is ambiguous: it is defined in {}; say which with ASAP_IMPORT(\"FILE:{name}\")",
+                    files.join(", ")
+                );
                 self.complaints.borrow_mut().push(message);
                 return None;
             }

@@ -184,7 +184,7 @@ impl Image {
         }
         let (class, kind) = (head[4], u16::from_le_bytes([head[16], head[17]]));
         let machine = u16::from_le_bytes([head[18], head[19]]);
-        if class != elf::ELFCLASS64 || machine != elf::EM_X86_64 || !matches!(kind, elf::ET_EXEC | elf::ET_DYN) {
+        if class != 2 || machine != elf::EM_X86_64.0 || ![elf::ET_EXEC.0, elf::ET_DYN.0].contains(&kind) {
             return Err(ImageError::Foreign { name: name.into(), class, machine, kind });
         }
         let header = Header::parse(data).map_err(damaged)?;
@@ -192,7 +192,7 @@ impl Image {
         let mut image = Self {
             name: name.to_owned(),
             build_id: None,
-            position_independent: kind == elf::ET_DYN,
+            position_independent: kind == elf::ET_DYN.0,
             segments: Vec::new(),
             tls: None,
             dynamic: None,
@@ -257,9 +257,9 @@ impl Image {
                 file_size: program.p_filesz(ENDIAN),
                 address: ImageOffset(program.p_vaddr(ENDIAN)),
                 memory_size: program.p_memsz(ENDIAN),
-                readable: flags & elf::PF_R != 0,
-                writable: flags & elf::PF_W != 0,
-                executable: flags & elf::PF_X != 0,
+                readable: flags.0 & elf::PF_R.0 != 0,
+                writable: flags.0 & elf::PF_W.0 != 0,
+                executable: flags.0 & elf::PF_X.0 != 0,
             }),
             elf::PT_TLS => {
                 self.tls = Some(TlsSegment {
@@ -286,14 +286,14 @@ impl Image {
     fn take_dynamic_names(&mut self, programs: &[elf::ProgramHeader64<LE>], data: &[u8]) {
         let tags = dynamic_tags(programs, data);
         let Some(strings) = self.dynamic_strings(&tags) else { return };
-        let text = |(_, at): &(u32, u64)| symbols::string_at(strings, *at);
+        let text = |(_, at): &(elf::DynamicTag, u64)| symbols::string_at(strings, *at);
         let needed = tags.iter().filter(|(tag, _)| *tag == elf::DT_NEEDED).filter_map(text).collect();
         let soname = tags.iter().find(|(tag, _)| *tag == elf::DT_SONAME).and_then(text);
         (self.needed, self.soname) = (needed, soname);
     }
 
-    fn dynamic_strings(&self, tags: &[(u32, u64)]) -> Option<&[u8]> {
-        let value = |wanted: u32| tags.iter().find(|(tag, _)| *tag == wanted).map(|&(_, value)| value);
+    fn dynamic_strings(&self, tags: &[(elf::DynamicTag, u64)]) -> Option<&[u8]> {
+        let value = |wanted: elf::DynamicTag| tags.iter().find(|(tag, _)| *tag == wanted).map(|&(_, value)| value);
         let strings = self.file_tail(ImageOffset(value(elf::DT_STRTAB)?))?;
         let size = value(elf::DT_STRSZ).map_or(usize::MAX, |size| usize::try_from(size).unwrap_or(usize::MAX));
         Some(&strings[..strings.len().min(size)])
@@ -307,8 +307,8 @@ impl Image {
         table: &mut SymbolTable,
     ) -> Vec<(String, ImageOffset)> {
         let tags = dynamic_tags(programs, data);
-        let value = |wanted: u32| tags.iter().find(|(tag, _)| *tag == wanted).map(|&(_, value)| value);
-        let area = |tag: u32| value(tag).and_then(|at| self.file_tail(ImageOffset(at)));
+        let value = |wanted: elf::DynamicTag| tags.iter().find(|(tag, _)| *tag == wanted).map(|&(_, value)| value);
+        let area = |tag: elf::DynamicTag| value(tag).and_then(|at| self.file_tail(ImageOffset(at)));
         let (Some(symbols), Some(strings)) = (area(elf::DT_SYMTAB), self.dynamic_strings(&tags)) else {
             return Vec::new();
         };
@@ -322,7 +322,7 @@ impl Image {
             for rela in bytes.chunks_exact(24) {
                 let word = |index: usize| rela[index..index + 8].try_into().map_or(0, u64::from_le_bytes);
                 let (offset, info) = (word(0), word(8));
-                let (symbol, kind) = ((info >> 32) as usize, info as u32);
+                let (symbol, kind) = ((info >> 32) as usize, elf::RelocationType(info as u32));
                 let slots = [elf::R_X86_64_GLOB_DAT, elf::R_X86_64_JUMP_SLOT, elf::R_X86_64_64, elf::R_X86_64_TPOFF64];
                 if symbol == 0 || symbol >= most {
                     continue;
@@ -448,6 +448,17 @@ impl Image {
         candidates
     }
 
+    /// This image with the symbols of a separate debug file.
+    ///
+    /// # Errors
+    /// It belongs to another build, or is damaged.
+    pub fn with_symbols_from(&self, debug_file: &[u8]) -> Result<Self, ImageError> {
+        let mut image = Self::parse(&self.name, self.bytes.clone())?;
+        image.debug.clone_from(&self.debug);
+        image.add_symbols_from(debug_file)?;
+        Ok(image)
+    }
+
     /// Adds the symbols of a separate debug file.
     ///
     /// # Errors
@@ -513,9 +524,9 @@ impl Image {
 }
 
 /// The dynamic section as tags and values, up to DT_NULL.
-fn dynamic_tags(programs: &[elf::ProgramHeader64<LE>], data: &[u8]) -> Vec<(u32, u64)> {
+fn dynamic_tags(programs: &[elf::ProgramHeader64<LE>], data: &[u8]) -> Vec<(elf::DynamicTag, u64)> {
     let entries = programs.iter().find_map(|p| p.dynamic(ENDIAN, data).ok().flatten()).unwrap_or_default();
-    let tags = entries.iter().filter_map(|entry| Some((entry.tag32(ENDIAN)?, entry.d_val(ENDIAN))));
+    let tags = entries.iter().map(|entry| (entry.d_tag(ENDIAN), entry.d_val(ENDIAN)));
     tags.take_while(|(tag, _)| *tag != elf::DT_NULL).collect()
 }
 

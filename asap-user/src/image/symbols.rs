@@ -97,6 +97,9 @@ fn name_at(strings: &[u8], at: u32) -> Option<&[u8]> {
     Some(&tail[..tail.iter().position(|&byte| byte == 0)?])
 }
 
+/// Section index of absolute symbols.
+const SHN_ABS: u16 = 0xfff1;
+
 /// Largest unpacked .gnu_debugdata, bytes.
 const UNPACKED_MOST: usize = 256 << 20;
 
@@ -152,17 +155,17 @@ pub(super) fn dynamic_count(gnu: Option<&[u8]>, sysv: Option<&[u8]>) -> Option<u
 }
 
 fn raw(strings: u32, name: u32, value: u64, size: u64, info: u8, section: u16) -> Option<Raw> {
-    let kind = match info & 0xf {
+    let kind = match elf::SymbolType(info & 0xf) {
         elf::STT_FUNC => SymbolKind::Function,
         elf::STT_GNU_IFUNC => SymbolKind::Ifunc,
         elf::STT_OBJECT | elf::STT_NOTYPE | elf::STT_COMMON => SymbolKind::Data,
         elf::STT_TLS => SymbolKind::Tls,
         _ => return None,
     };
-    if section == elf::SHN_UNDEF || name == 0 {
+    if section == 0 || name == 0 {
         return None;
     }
-    let binding = match info >> 4 {
+    let binding = match elf::SymbolBind(info >> 4) {
         elf::STB_LOCAL => Binding::Local,
         elf::STB_WEAK => Binding::Weak,
         _ => Binding::Global,
@@ -210,10 +213,10 @@ impl SymbolTable {
                 }
                 continue;
             }
-            if entry.st_shndx(LE) == elf::SHN_ABS {
+            if entry.st_shndx.get(LE).0 == SHN_ABS {
                 continue;
             }
-            let symbol = raw(table, name, entry.st_value(LE), entry.st_size(LE), entry.st_info(), entry.st_shndx(LE));
+            let symbol = raw(table, name, entry.st_value(LE), entry.st_size(LE), entry.st_info.0, entry.st_shndx.get(LE).0);
             if let Some(mut symbol) = symbol {
                 if symbol.binding == Binding::Local {
                     symbol.file = file;

@@ -152,11 +152,7 @@ impl Gatekeeper {
     ///
     /// # Errors
     /// The kernel refuses the mapping or its registration; nothing is left.
-    pub fn prepare(
-        &mut self,
-        puppet: &mut Puppet,
-        content: &[u8],
-    ) -> Result<TargetAddr, GateError> {
+    pub fn prepare(&mut self, puppet: &mut Puppet, content: &[u8]) -> Result<TargetAddr, GateError> {
         let pid = self.pid;
         let fail = |step| move |error| GateError::Userfaultfd { pid, step, error };
         if self.content.is_none() {

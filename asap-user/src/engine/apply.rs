@@ -1,0 +1,317 @@
+//! `asap patch`: one transaction over several functions and all processes of a target.
+
+use super::{
+    check::{Checker, Observers},
+    deadline,
+    exchange::{Exchange, record},
+    hooks,
+    ledger::AppliedPatch,
+    micros_since,
+    modules::{ImageCache, Module},
+    plan::{self, PlannedFunction},
+    process::TargetProcess,
+    revert,
+    stage::{self, PatchIdentity, Staged},
+    target::Target,
+    transaction::{self, Terms},
+};
+use crate::{
+    patch::PatchObject,
+    quiesce::observe::Region,
+    report::{
+        Consistency, Failure, FunctionReport, InstalledPatch, Mechanism, PatchReport, PatchRequest, ProcessPatchReport,
+        Progress, TargetState,
+    },
+};
+use sha2::{Digest, Sha256};
+use std::time::{Duration, Instant, SystemTime};
+
+/// Time for taking a patch out again where a later process refused it.
+const ROLL_BACK_LIMIT: Duration = Duration::from_secs(10);
+
+/// Applies a patch to all processes of `target`.
+///
+/// # Errors
+/// It does not fit, or some process never comes to rest: it is then in none of them.
+pub fn patch(
+    target: &mut Target,
+    images: &mut ImageCache,
+    observers: &mut Observers,
+    request: &PatchRequest,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<PatchReport, Failure> {
+    let begin = Instant::now();
+    if request.mechanism == Mechanism::Redirect {
+        observers.redirect_available()?;
+    }
+    let files: Vec<(String, Vec<u8>)> = request.files.iter().map(|f| (f.name.clone(), f.bytes.clone())).collect();
+    let object = PatchObject::read(&files).map_err(|error| {
+        Failure::refused(error.to_string(), "compile the patch again for x86-64, with -c, as a relocatable object file")
+    })?;
+    let pairs = plan::pairs(request, &object)?;
+    target.discover()?;
+    let identity = identity(target, request);
+    let (deadline, limit) = deadline(request.timeout_ms);
+    let terms = Terms { deadline, limit, consistency: request.consistency };
+    let work = Work { object: &object, pairs: &pairs, request, identity: &identity, terms };
+
+    let mut reports: Vec<ProcessPatchReport> = Vec::new();
+    let mut installed: Option<InstalledPatch> = None;
+    let mut done: Vec<i32> = Vec::new();
+    loop {
+        // The root first: children that it forks from then on are born patched.
+        let root = target.root;
+        let mut pids: Vec<i32> = target.processes.keys().copied().filter(|pid| !done.contains(pid)).collect();
+        pids.sort_by_key(|&pid| pid != root);
+        if pids.is_empty() {
+            break;
+        }
+        let count = pids.len();
+        for (index, pid) in pids.into_iter().enumerate() {
+            let Some(process) = target.processes.get_mut(&pid) else { continue };
+            done.push(pid);
+            // Forked after its parent was patched: it has the patch already.
+            if process.patches().contains(&identity.id) {
+                reports.push(ProcessPatchReport { pid, quiescence: "born patched".into(), ..Default::default() });
+                continue;
+            }
+            progress(Progress { step: format!("process {pid}"), fraction: Some(index as f64 / count as f64) });
+            let applied = if request.dry_run {
+                work.rehearse(process, images, observers)
+            } else {
+                work.apply(process, images, observers)
+            };
+            match applied {
+                Ok((report, patch)) => {
+                    reports.push(report);
+                    installed.get_or_insert(patch);
+                }
+                // It ended by itself: no reason to refuse the others.
+                Err(failure) if !process.is_alive() && (done.len() > 1 || count > 1) => {
+                    tracing::info!(pid, %failure, "a process ended while it was being patched");
+                    target.processes.remove(&pid);
+                }
+                Err(failure) if !process.is_alive() => return Err(Failure { state: TargetState::Gone, ..failure }),
+                Err(failure) => {
+                    let others: Vec<i32> = reports.iter().map(|report| report.pid).collect();
+                    return Err(if request.dry_run {
+                        failure
+                    } else {
+                        roll_back(target, images, observers, &identity, &others, failure)
+                    });
+                }
+            }
+        }
+        if request.dry_run {
+            break;
+        }
+        // Children forked from a process before it was patched.
+        target.discover()?;
+    }
+    let patch = installed.ok_or_else(|| Failure {
+        state: TargetState::Gone,
+        ..Failure::refused("all processes of the target ended", "attach to the process that took their place")
+    })?;
+    Ok(PatchReport {
+        patch,
+        processes: reports,
+        dry_run: request.dry_run,
+        total_us: micros_since(begin),
+        notes: Vec::new(),
+    })
+}
+
+/// Takes the patch out of the processes that have it already, and explains.
+fn roll_back(
+    target: &mut Target,
+    images: &mut ImageCache,
+    observers: &mut Observers,
+    identity: &PatchIdentity,
+    others: &[i32],
+    failure: Failure,
+) -> Failure {
+    if others.is_empty() {
+        return failure;
+    }
+    let terms = Terms {
+        deadline: Instant::now() + ROLL_BACK_LIMIT,
+        limit: ROLL_BACK_LIMIT,
+        consistency: Consistency::Quiescent,
+    };
+    let mut kept = Vec::new();
+    for pid in others {
+        let Some(process) = target.processes.get_mut(pid) else { continue };
+        if let Err(error) = revert::from_process(process, images, observers, identity.id, terms)
+            && process.is_alive()
+        {
+            tracing::error!(pid, %error, "rolling back");
+            kept.push(pid.to_string());
+        }
+    }
+    let state = if kept.is_empty() { TargetState::RolledBack } else { TargetState::PartlyDone };
+    let message = if kept.is_empty() {
+        format!("{}; it was taken out again of {} other process(es)", failure.message, others.len())
+    } else {
+        format!("{}; it could not be taken out again of process(es) {}", failure.message, kept.join(", "))
+    };
+    Failure { message, state, ..failure }
+}
+
+fn identity(target: &Target, request: &PatchRequest) -> PatchIdentity {
+    let mut hash = Sha256::new();
+    for file in &request.files {
+        hash.update((file.bytes.len() as u64).to_le_bytes());
+        hash.update(&file.bytes);
+    }
+    let id = target.next_patch();
+    let derived = || {
+        let first = request.files.first().map_or("patch", |file| file.name.as_str());
+        let base = first.rsplit('/').next().unwrap_or(first);
+        base.rsplit_once('.').map_or(base, |(stem, _)| stem).to_owned()
+    };
+    PatchIdentity {
+        id,
+        name: request.name.clone().unwrap_or_else(derived),
+        sha256: hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect(),
+        installed_at: SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs()),
+    }
+}
+
+/// One patch, to be applied to any number of processes.
+struct Work<'a> {
+    object: &'a PatchObject,
+    pairs: &'a [(String, String)],
+    request: &'a PatchRequest,
+    identity: &'a PatchIdentity,
+    terms: Terms,
+}
+
+impl Work<'_> {
+    fn plan(
+        &self,
+        process: &TargetProcess,
+        images: &mut ImageCache,
+    ) -> Result<(Vec<Module>, Vec<PlannedFunction>), Failure> {
+        let mut modules = images.modules(process.pid, &process.maps()?, &process.memory, |at| process.is_ours(at));
+        let functions = plan::functions(process, &mut modules, images, self.pairs, self.request.address)?;
+        // Static functions and data that the patch refers to.
+        let home = &modules[functions[0].module];
+        let known = |name: &str| {
+            home.image.export(name).is_some()
+                || !home.image.locals(name, None).is_empty()
+                || modules.iter().any(|module| module.image.export(name).is_some())
+        };
+        if self.object.imports().iter().any(|import| !import.weak && !known(&import.name)) {
+            images.add_debug_symbols(process.pid, &mut modules[functions[0].module]);
+        }
+        Ok((modules, functions))
+    }
+
+    fn apply(
+        &self,
+        process: &mut TargetProcess,
+        images: &mut ImageCache,
+        observers: &mut Observers,
+    ) -> Result<(ProcessPatchReport, InstalledPatch), Failure> {
+        let (modules, functions) = self.plan(process, images)?;
+        let staged = stage::stage(process, &modules, &functions, self.object, self.identity)?;
+        let spans = [staged.patch.code, staged.patch.rodata, staged.patch.data];
+        let installed = self.install(process, &modules, observers, staged);
+        if installed.is_err() {
+            for span in spans {
+                process.release(span);
+            }
+        }
+        installed
+    }
+
+    fn install(
+        &self,
+        process: &mut TargetProcess,
+        modules: &[Module],
+        observers: &mut Observers,
+        staged: Staged,
+    ) -> Result<(ProcessPatchReport, InstalledPatch), Failure> {
+        let Staged { mut patch, hooks } = staged;
+        let regions = regions_of(process, &patch);
+        if let (Some(table), Some(object)) = (patch.eh_frame, patch.registered.take())
+            && hooks::register_unwind_table(process, modules, table, object)
+                .map_err(|error| stage::hook_failed(process.pid, error))?
+        {
+            patch.registered = Some(object);
+        }
+        let undo = patch.clone();
+        let report = patch.report();
+        let mut goal = process.book.ledger.patches.clone();
+        goal.push(patch);
+        let done = (|| {
+            let exchange = Exchange::prepare(process, goal)?;
+            let mut checker = Checker::new(process, modules, observers, regions);
+            let mut at_quiescence = |process: &mut TargetProcess| hooks::run(process, &hooks.pre_apply);
+            let done = transaction::run(process, exchange, &mut checker, self.terms, &mut at_quiescence)?;
+            let next = self.identity.id.0 + 1;
+            record(process, |ledger| ledger.next_patch = ledger.next_patch.max(next))?;
+            Ok(done)
+        })();
+        if done.is_err()
+            && let (Some(table), Some(_)) = (undo.eh_frame, undo.registered)
+        {
+            let _ = hooks::deregister_unwind_table(process, modules, table);
+        }
+        let done = done?;
+        // The patch is in; a hook that fails now is told, and changes nothing.
+        if let Err(failure) = hooks::run(process, &hooks.post_apply) {
+            tracing::warn!(pid = process.pid, %failure, "a post-apply hook");
+        }
+        Ok((done, report))
+    }
+
+    /// Everything up to the first change, and one look at who is inside now.
+    fn rehearse(
+        &self,
+        process: &mut TargetProcess,
+        images: &mut ImageCache,
+        observers: &mut Observers,
+    ) -> Result<(ProcessPatchReport, InstalledPatch), Failure> {
+        let (modules, functions) = self.plan(process, images)?;
+        let staged = stage::stage(process, &modules, &functions, self.object, self.identity)?;
+        stage::unstage(process, &staged.patch);
+        let regions = regions_of(process, &staged.patch);
+        let mut checker = Checker::new(process, &modules, observers, regions);
+        let verdict = checker.look(process)?;
+        let quiescence = if verdict.busy.is_empty() {
+            "would go in at once".to_owned()
+        } else {
+            format!("would wait for {} thread(s) inside", verdict.busy.len())
+        };
+        let report =
+            ProcessPatchReport { pid: process.pid, quiescence, threads: verdict.threads, ..Default::default() };
+        let functions = staged.patch.functions.iter().map(|f| FunctionReport {
+            name: f.name.clone(),
+            module: f.module.clone(),
+            old: f.entry,
+            new: f.replacement.start,
+        });
+        Ok((report, InstalledPatch { functions: functions.collect(), ..staged.patch.report() }))
+    }
+}
+
+/// The code that nobody may be inside: the functions' own, and what replaces them now.
+fn regions_of(process: &TargetProcess, patch: &AppliedPatch) -> Vec<Region> {
+    let mut regions = Vec::new();
+    for function in &patch.functions {
+        regions.push(Region {
+            ranges: function.body.iter().map(|span| span.range()).collect(),
+            label: function.name.clone(),
+        });
+        for earlier in
+            process.book.ledger.patches.iter().flat_map(|p| &p.functions).filter(|f| f.entry == function.entry)
+        {
+            regions.push(Region {
+                ranges: vec![earlier.replacement.range()],
+                label: format!("{} (patched)", function.name),
+            });
+        }
+    }
+    regions
+}

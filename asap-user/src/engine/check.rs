@@ -1,0 +1,192 @@
+//! Asking who is inside: builds what a stack walk needs from modules and patches, and turns observations into a verdict with
+//! names.
+
+use super::{
+    modules::Module,
+    process::{TargetProcess, gone},
+};
+use crate::{
+    address::{LoadBias, TargetAddr},
+    image::Image,
+    process::{
+        info::{self, ProcessInfo},
+        ptrace::{Stopped, Stopping, TraceError},
+    },
+    quiesce::{
+        observe::{How, Observation, Observer, Place, Region},
+        unwind::Unwinder,
+    },
+    report::{BusyThread, Failure},
+};
+use std::{collections::HashMap, ops::Range, sync::Arc, time::Duration};
+
+/// What this kernel offers for looking at threads; loaded once per agent.
+pub struct Observers;
+
+impl Observers {
+    /// Loads it.
+    #[must_use]
+    pub fn load() -> Self {
+        Self
+    }
+
+    /// Whether a uprobe program may write registers here.
+    ///
+    /// # Errors
+    /// It may not.
+    pub fn redirect_available(&self) -> Result<(), Failure> {
+        Err(Failure::refused(
+            "this kernel does not let a uprobe program redirect calls",
+            "use --mechanism auto; see `asap doctor`",
+        ))
+    }
+}
+
+/// Who is inside.
+#[derive(Debug, Default)]
+pub struct Verdict {
+    /// Threads that are inside, or of which it is not known.
+    pub busy: Vec<BusyThread>,
+    /// All of those were running: they may be out in a moment.
+    pub may_drain: bool,
+    /// Threads of the process.
+    pub threads: usize,
+    /// Threads that were stopped for their stack walk.
+    pub stopped: usize,
+    /// Longest of those stops.
+    pub longest_stop: Duration,
+}
+
+/// Checks one process for one transaction.
+pub struct Checker {
+    unwinder: Unwinder,
+    regions: Vec<Region>,
+    names: Vec<(Range<TargetAddr>, LoadBias, Arc<Image>, String)>,
+    seen: HashMap<i32, Observation>,
+}
+
+impl Checker {
+    /// For the threads of `process`, which must not be inside `regions`.
+    pub fn new(process: &TargetProcess, modules: &[Module], _observers: &mut Observers, regions: Vec<Region>) -> Self {
+        let mut unwinder = Unwinder::new();
+        let mut names = Vec::new();
+        for module in modules {
+            unwinder.add_image(&module.image, module.text.clone(), module.bias);
+            let name = module.file_name().to_owned();
+            names.push((module.text.clone(), module.bias, Arc::clone(&module.image), name));
+        }
+        for patch in &process.book.ledger.patches {
+            if let Some(table) = patch.eh_frame
+                && let Ok(bytes) = process.memory.bytes(table.start, table.len() as usize)
+            {
+                unwinder.add_code(patch.code.range(), bytes, table.start);
+            }
+        }
+        Self { unwinder, regions, names, seen: HashMap::new() }
+    }
+
+    /// Names of what nobody may be inside.
+    #[must_use]
+    pub fn labels(&self) -> Vec<String> {
+        self.regions.iter().map(|region| region.label.clone()).collect()
+    }
+
+    /// Looks at all threads.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn look(&mut self, process: &TargetProcess) -> Result<Verdict, Failure> {
+        self.seen.clear();
+        self.look_again(process)
+    }
+
+    /// Looks at those threads again that have run since the last look, and at new ones.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn look_again(&mut self, process: &TargetProcess) -> Result<Verdict, Failure> {
+        let known = std::mem::take(&mut self.seen);
+        let looked_at: HashMap<i32, How> = known.iter().map(|(&tid, old)| (tid, old.how)).collect();
+        let mut observer = Observer::new(process.pid, &process.memory, &mut self.unwinder, &self.regions);
+        self.seen = observer.observe(known).map_err(|error| gone(process.pid, error))?;
+        if self.seen.is_empty() {
+            return Err(gone(process.pid, "no thread is left"));
+        }
+        let mut verdict = Verdict { threads: self.seen.len(), may_drain: true, ..Verdict::default() };
+        for observation in self.seen.values() {
+            if let How::Stopped(time) = observation.how
+                && looked_at.get(&observation.tid) != Some(&observation.how)
+            {
+                verdict.stopped += 1;
+                verdict.longest_stop = verdict.longest_stop.max(time);
+            }
+            if observation.place != Place::Outside {
+                verdict.may_drain &= matches!(observation.how, How::Stopped(_));
+                verdict.busy.push(self.name(process.pid, observation.tid, &observation.place, &observation.frames));
+            }
+        }
+        verdict.busy.sort_by_key(|thread| thread.tid);
+        Ok(verdict)
+    }
+
+    /// Stops all threads and looks at them: the way of systems without userfaultfd.
+    ///
+    /// # Errors
+    /// A thread does not stop.
+    pub fn stop_all(&mut self, process: &TargetProcess) -> Result<(Vec<Stopped>, Verdict), Failure> {
+        let pid = process.pid;
+        let mut stopped: HashMap<i32, Stopped> = HashMap::new();
+        loop {
+            let threads = info::threads(pid).map_err(|error| gone(pid, error))?;
+            let new: Vec<i32> = threads.into_iter().filter(|tid| !stopped.contains_key(tid)).collect();
+            if new.is_empty() {
+                break;
+            }
+            // All at once: each is then on its way to its stop while we wait for the first.
+            let stopping: Vec<_> = new.into_iter().map(Stopping::begin).collect();
+            for thread in stopping {
+                match thread.and_then(Stopping::stopped) {
+                    Ok(thread) => {
+                        stopped.insert(thread.tid(), thread);
+                    }
+                    Err(TraceError::Gone(_)) => {}
+                    Err(error) => {
+                        return Err(Failure::refused(
+                            format!("the threads of process {pid} can't all be stopped: {error}"),
+                            "try again; see which thread hangs in the kernel: /proc/PID/task/TID/stack",
+                        ));
+                    }
+                }
+            }
+        }
+        let mut verdict = Verdict { threads: stopped.len(), stopped: stopped.len(), ..Verdict::default() };
+        let mut observer = Observer::new(pid, &process.memory, &mut self.unwinder, &self.regions);
+        let places: Vec<_> =
+            stopped.values().filter_map(|thread| Some((thread.tid(), observer.walk_stopped(thread)?))).collect();
+        for (tid, (place, frames)) in places {
+            if place != Place::Outside {
+                verdict.busy.push(self.name(pid, tid, &place, &frames));
+            }
+        }
+        Ok((stopped.into_values().collect(), verdict))
+    }
+
+    fn name(&self, pid: i32, tid: i32, place: &Place, frames: &[TargetAddr]) -> BusyThread {
+        let inside = match place {
+            Place::Inside(region) => self.regions.get(*region).map(|region| region.label.clone()).unwrap_or_default(),
+            Place::Unknown(reason) => format!("an unknown place ({reason})"),
+            Place::Outside => String::new(),
+        };
+        let name = ProcessInfo::of(tid).map(|info| info.name).unwrap_or_default();
+        BusyThread { pid, tid, name, inside, stack: frames.iter().take(64).map(|&at| self.symbolise(at)).collect() }
+    }
+
+    fn symbolise(&self, at: TargetAddr) -> String {
+        let found = self.names.iter().find(|(text, ..)| text.contains(&at));
+        let Some((_, bias, image, module)) = found else { return at.to_string() };
+        match image.symbolise(at.in_image(*bias)) {
+            Some((name, offset)) => format!("{name}+{offset:#x} ({module})"),
+            None => format!("{module}+{:#x}", at.in_image(*bias).0),
+        }
+    }
+}

@@ -1,0 +1,444 @@
+//! The text pages of one transaction: clean spares, the pages as they are and as they will be, the gates. Each step is
+//! recorded in the target before it is taken, so that whoever comes later can finish it.
+
+use super::{
+    ledger::{AppliedPatch, ChangedPage, Pending},
+    process::{TargetProcess, explain, gone},
+    text::{self, Jumps},
+};
+use crate::{
+    address::{PAGE_SIZE, TargetAddr},
+    process::{maps::Maps, pages},
+    report::Failure,
+};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
+
+/// One text page of a transaction.
+#[derive(Debug)]
+struct PageChange {
+    page: TargetAddr,
+    spare: TargetAddr,
+    /// Its bytes now, and after.
+    before: Vec<u8>,
+    after: Vec<u8>,
+    /// The file's bytes.
+    clean: Vec<u8>,
+    /// The page as it will be, ready to be moved into place.
+    next: Option<TargetAddr>,
+}
+
+/// A transaction whose pages are ready.
+#[derive(Debug)]
+pub struct Exchange {
+    goal: Vec<AppliedPatch>,
+    changes: Vec<PageChange>,
+}
+
+/// Closed gates; they end with [`Exchange::commit`] or [`Exchange::reopen`].
+#[derive(Debug)]
+pub struct Closed {
+    since: Instant,
+    /// The pages as they were, to be moved back.
+    back: Vec<TargetAddr>,
+}
+
+/// What closing the gates cost.
+#[derive(Clone, Debug, Default)]
+pub struct GateTime {
+    /// How long they were closed.
+    pub closed: Duration,
+    /// Threads that waited.
+    pub waited: usize,
+}
+
+impl Exchange {
+    /// Lays the pages ready that make `goal` the active patches of `process`.
+    ///
+    /// # Errors
+    /// The text is not what it should be (somebody else changed it), or the kernel refuses. Nothing is left then.
+    pub fn prepare(process: &mut TargetProcess, goal: Vec<AppliedPatch>) -> Result<Self, Failure> {
+        let pid = process.pid;
+        let unreachable = || {
+            Failure::refused(format!("a replacement in process {pid} is out of reach of its function"), "report this")
+        };
+        let before = text::jumps(&process.book.ledger.patches).ok_or_else(unreachable)?;
+        let after = text::jumps(&goal).ok_or_else(unreachable)?;
+        let pages: BTreeSet<TargetAddr> = text::differing_pages(&before, &after);
+        let pending = Pending { goal: goal.clone(), pages: pages.iter().copied().collect() };
+        record(process, |ledger| ledger.pending = Some(pending))?;
+        crate::fault::point("exchange.recorded");
+        let mut exchange = Self { goal, changes: Vec::new() };
+        for page in pages {
+            match prepare_page(process, page, &before, &after) {
+                Ok(change) => exchange.changes.push(change),
+                Err(failure) => {
+                    exchange.abandon(process);
+                    return Err(failure);
+                }
+            }
+        }
+        crate::fault::point("exchange.prepared");
+        Ok(exchange)
+    }
+
+    /// Nothing of the text changes.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.changes.is_empty()
+    }
+
+    /// Closes the gates of all pages: from now on nobody enters.
+    ///
+    /// # Errors
+    /// There are no gates on this system, or the kernel refuses; the pages are as they were.
+    pub fn close_gates(&self, process: &mut TargetProcess) -> Result<Closed, Failure> {
+        let pid = process.pid;
+        let mut back = Vec::new();
+        let mut gates = Vec::new();
+        let laid: Result<(), Failure> = (|| {
+            for change in &self.changes {
+                back.push(copy_of(process, change.spare, &change.clean, &change.before)?);
+                let keeper = process.gates.as_mut().map_err(|reason| no_gates(pid, reason))?;
+                gates.push(keeper.prepare(&mut process.puppet, &change.before).map_err(|error| no_gates(pid, error))?);
+            }
+            Ok(())
+        })();
+        if let Err(failure) = laid {
+            self.discard(process, &back, &gates);
+            return Err(failure);
+        }
+        crate::fault::point("gate.prepared");
+        let since = Instant::now();
+        let moves: Vec<_> = gates.iter().copied().zip(self.changes.iter().map(|change| change.page)).collect();
+        let closed = process.puppet.exchange(&process.memory, &moves);
+        crate::fault::point("gate.closed");
+        if let Err(error) = closed {
+            self.put_back(process, &back, error.done);
+            self.discard(process, &back[error.done..], &gates[error.done..]);
+            return Err(no_gates(pid, error));
+        }
+        Ok(Closed { since, back })
+    }
+
+    /// Puts the pages back as they were and lets everybody go on.
+    pub fn reopen(&self, process: &mut TargetProcess, closed: Closed) -> GateTime {
+        self.put_back(process, &closed.back, self.changes.len());
+        self.time(process, closed.since)
+    }
+
+    /// Moves the new pages into place; from now on they are what is executed.
+    ///
+    /// # Errors
+    /// The kernel refused; the pages are as they were.
+    pub fn commit(mut self, process: &mut TargetProcess, closed: Option<Closed>) -> Result<GateTime, Failure> {
+        let pid = process.pid;
+        let moves: Vec<_> =
+            self.changes.iter().filter_map(|change| change.next.map(|next| (next, change.page))).collect();
+        let moved = process.puppet.exchange(&process.memory, &moves);
+        crate::fault::point("commit.exchanged");
+        if let Err(error) = moved {
+            let back = match closed {
+                Some(closed) => closed.back,
+                None => Vec::new(),
+            };
+            for change in &mut self.changes[..error.done] {
+                change.next = None;
+            }
+            // Without gates the pages that were moved are put back from fresh copies.
+            let mut fresh = back;
+            for index in fresh.len()..error.done {
+                let change = &self.changes[index];
+                if let Ok(copy) = copy_of(process, change.spare, &change.clean, &change.before) {
+                    fresh.push(copy);
+                }
+            }
+            let count = fresh.len();
+            self.put_back(process, &fresh, count);
+            self.wake(process);
+            self.abandon(process);
+            return Err(Failure::rolled_back(
+                format!("the new text pages could not be moved into place in process {pid}: {error}"),
+                "try again; if it happens again, the process may be short of mappings (vm.max_map_count)",
+            ));
+        }
+        let time = match &closed {
+            Some(closed) => {
+                let time = self.time(process, closed.since);
+                for &copy in &closed.back {
+                    let _ = pages::unmap(&mut process.puppet, copy, PAGE_SIZE);
+                }
+                time
+            }
+            None => GateTime::default(),
+        };
+        let clean: Vec<ChangedPage> = self
+            .changes
+            .iter()
+            .filter(|change| change.after == change.clean)
+            .map(|change| ChangedPage { page: change.page, spare: change.spare })
+            .collect();
+        let goal = std::mem::take(&mut self.goal);
+        record(process, |ledger| {
+            ledger.patches = goal;
+            ledger.pending = None;
+            ledger.pages.retain(|page| !clean.contains(page));
+        })?;
+        crate::fault::point("commit.recorded");
+        for page in clean {
+            let _ = pages::unmap(&mut process.puppet, page.spare, PAGE_SIZE);
+        }
+        Ok(time)
+    }
+
+    /// Gives up: removes what was prepared.
+    pub fn abandon(self, process: &mut TargetProcess) {
+        for change in &self.changes {
+            if let Some(next) = change.next {
+                let _ = pages::unmap(&mut process.puppet, next, PAGE_SIZE);
+            }
+        }
+        let patches = process.book.ledger.patches.clone();
+        let jumps = text::jumps(&patches).unwrap_or_default();
+        // A spare is kept as long as its page carries a jump.
+        let unused: Vec<ChangedPage> = process
+            .book
+            .ledger
+            .pages
+            .iter()
+            .copied()
+            .filter(|page| !text::differing_pages(&Jumps::new(), &jumps).contains(&page.page))
+            .collect();
+        for page in &unused {
+            let _ = pages::unmap(&mut process.puppet, page.spare, PAGE_SIZE);
+        }
+        let _ = record(process, |ledger| {
+            ledger.pending = None;
+            ledger.pages.retain(|page| !unused.contains(page));
+        });
+    }
+
+    fn put_back(&self, process: &mut TargetProcess, back: &[TargetAddr], count: usize) {
+        let moves: Vec<_> =
+            back.iter().copied().zip(self.changes.iter().map(|change| change.page)).take(count).collect();
+        if let Err(error) = process.puppet.exchange(&process.memory, &moves) {
+            tracing::error!(pid = process.pid, %error, "text pages could not be put back; their gates hold the same bytes");
+        }
+        self.wake(process);
+    }
+
+    fn wake(&self, process: &TargetProcess) {
+        if let Ok(keeper) = &process.gates {
+            for change in &self.changes {
+                if let Err(error) = keeper.wake(change.page) {
+                    tracing::warn!(pid = process.pid, %error, "waking at a gate");
+                }
+            }
+        }
+    }
+
+    fn discard(&self, process: &mut TargetProcess, back: &[TargetAddr], gates: &[TargetAddr]) {
+        for &copy in back.iter().chain(gates) {
+            let _ = pages::unmap(&mut process.puppet, copy, PAGE_SIZE);
+        }
+        if let Ok(keeper) = &mut process.gates {
+            keeper.finish(&mut process.puppet);
+        }
+    }
+
+    /// Wakes all who wait, and says what the gates cost.
+    fn time(&self, process: &mut TargetProcess, since: Instant) -> GateTime {
+        self.wake(process);
+        let closed = since.elapsed();
+        let waited = match &mut process.gates {
+            Ok(keeper) => keeper.finish(&mut process.puppet).len(),
+            Err(_) => 0,
+        };
+        GateTime { closed, waited }
+    }
+}
+
+fn no_gates(pid: i32, reason: impl std::fmt::Display) -> Failure {
+    Failure::refused(
+        format!("gates can't be closed in process {pid}: {reason}"),
+        "see `asap doctor`; without gates all threads are stopped for the check",
+    )
+}
+
+/// Writes the ledger.
+///
+/// # Errors
+/// The process is gone, or the ledger is full.
+pub fn record(process: &mut TargetProcess, change: impl FnOnce(&mut super::ledger::Ledger)) -> Result<(), Failure> {
+    let pid = process.pid;
+    process.book.update(&process.memory, change).map_err(|error| {
+        if process.is_alive() {
+            Failure::refused(format!("process {pid}: {error}"), "revert patches that are no longer needed")
+        } else {
+            gone(pid, error)
+        }
+    })
+}
+
+/// A copy of the page behind `spare` with `bytes` in it.
+fn copy_of(process: &mut TargetProcess, spare: TargetAddr, clean: &[u8], bytes: &[u8]) -> Result<TargetAddr, Failure> {
+    let pid = process.pid;
+    let copy = pages::duplicate(&mut process.puppet, spare).map_err(|error| explain(pid, error))?;
+    if bytes != clean
+        && let Err(error) = write_differences(process, copy, clean, bytes)
+    {
+        let _ = pages::unmap(&mut process.puppet, copy, PAGE_SIZE);
+        return Err(Failure::refused(
+            format!("the copy of a text page in process {pid} can't be written: {error}"),
+            "see `asap doctor`; a security module may forbid it",
+        ));
+    }
+    Ok(copy)
+}
+
+fn write_differences(process: &TargetProcess, at: TargetAddr, clean: &[u8], bytes: &[u8]) -> std::io::Result<()> {
+    let first = clean.iter().zip(bytes).position(|(a, b)| a != b).unwrap_or(0);
+    let last = clean.iter().zip(bytes).rposition(|(a, b)| a != b).map_or(first, |last| last + 1);
+    process.memory.write(at.offset(first as i64), &bytes[first..last])
+}
+
+fn prepare_page(
+    process: &mut TargetProcess,
+    page: TargetAddr,
+    before: &Jumps,
+    after: &Jumps,
+) -> Result<PageChange, Failure> {
+    let pid = process.pid;
+    let known = process.book.ledger.pages.iter().find(|known| known.page == page).copied();
+    let now = pages::content(&process.memory, page).map_err(|error| gone(pid, error))?;
+    let (spare, clean) = match known {
+        Some(known) => {
+            let clean = pages::content(&process.memory, known.spare).map_err(|error| gone(pid, error))?;
+            (known.spare, clean)
+        }
+        None => {
+            // The caller has compared the page with its file: it is clean, and nothing is lost by mapping it anew.
+            let spare = pages::duplicate(&mut process.puppet, page).map_err(|error| explain(pid, error))?;
+            crate::fault::point("exchange.spare-made");
+            record(process, |ledger| ledger.pages.push(ChangedPage { page, spare }))?;
+            (spare, now.clone())
+        }
+    };
+    process.note_clean_page(page, &clean);
+    let expected = text::render(page, &clean, before);
+    if now != expected {
+        let at = now.iter().zip(&expected).position(|(a, b)| a != b).unwrap_or(0);
+        return Err(Failure::refused(
+            format!(
+                "the code of process {pid} was changed by someone else at {}: it holds {:#04x}, where {:#04x} belongs",
+                page.offset(at as i64),
+                now[at],
+                expected[at]
+            ),
+            "remove the foreign breakpoint, probe or patch first (debuggers, bpftrace, perf probe), then try again",
+        ));
+    }
+    let rendered = text::render(page, &clean, after);
+    let next = copy_of(process, spare, &clean, &rendered)?;
+    Ok(PageChange { page, spare, before: now, after: rendered, clean, next: Some(next) })
+}
+
+/// Finishes a transaction that an agent left when it died, or that a child was forked out of: forward if every page carries
+/// its new content, else back. Then removes what lies about.
+///
+/// # Errors
+/// The process is gone, or the kernel refuses.
+pub fn recover(process: &mut TargetProcess) -> Result<(), Failure> {
+    let Some(pending) = process.book.ledger.pending.clone() else { return Ok(()) };
+    let pid = process.pid;
+    let before = text::jumps(&process.book.ledger.patches).unwrap_or_default();
+    let after = text::jumps(&pending.goal).unwrap_or_default();
+    let mut forward = true;
+    for &page in &pending.pages {
+        let now = pages::content(&process.memory, page).map_err(|error| gone(pid, error))?;
+        let spare = process.book.ledger.pages.iter().find(|known| known.page == page).map(|known| known.spare);
+        let clean = match spare {
+            Some(spare) => pages::content(&process.memory, spare).map_err(|error| gone(pid, error))?,
+            None => now.clone(),
+        };
+        forward &= spare.is_some() && now == text::render(page, &clean, &after);
+    }
+    // Pages whose jumps don't differ between the two are not in the transaction: an empty one goes back, harmlessly.
+    forward &= !pending.pages.is_empty();
+    let jumps = if forward { &after } else { &before };
+    let maps = process.maps()?;
+    for &page in &pending.pages {
+        let is_gate = maps.at(page).is_some_and(|mapping| mapping.name.starts_with("/memfd:asap-gate"));
+        let known = process.book.ledger.pages.iter().find(|known| known.page == page).copied();
+        if let (true, Some(known)) = (is_gate, known) {
+            let clean = pages::content(&process.memory, known.spare).map_err(|error| gone(pid, error))?;
+            let rendered = text::render(page, &clean, jumps);
+            let copy = copy_of(process, known.spare, &clean, &rendered)?;
+            process.puppet.exchange(&process.memory, &[(copy, page)]).map_err(|error| gone(pid, error))?;
+        }
+    }
+    remove_orphans(process, &pending.pages)?;
+    let unwanted: Vec<AppliedPatch> = {
+        let (keep, other) = if forward {
+            (&pending.goal, &process.book.ledger.patches)
+        } else {
+            (&process.book.ledger.patches, &pending.goal)
+        };
+        other.iter().filter(|patch| !keep.contains(patch)).cloned().collect()
+    };
+    let changed = text::differing_pages(&Jumps::new(), jumps);
+    let unused: Vec<ChangedPage> =
+        process.book.ledger.pages.iter().copied().filter(|page| !changed.contains(&page.page)).collect();
+    record(process, |ledger| {
+        if forward {
+            ledger.patches = pending.goal.clone();
+        }
+        ledger.pages.retain(|page| !unused.contains(page));
+        ledger.pending = None;
+        // Threads may still be inside code that was never or is no longer reachable: it stays until the process is left.
+        for patch in &unwanted {
+            ledger.lingering.extend([patch.code, patch.rodata, patch.data].into_iter().filter(|span| !span.is_empty()));
+        }
+    })?;
+    for page in unused {
+        let _ = pages::unmap(&mut process.puppet, page.spare, PAGE_SIZE);
+    }
+    Ok(())
+}
+
+/// Unmaps copies of text pages and gates that the ledger does not know: made, and not yet recorded or used, when an agent
+/// died.
+fn remove_orphans(process: &mut TargetProcess, touched: &[TargetAddr]) -> Result<(), Failure> {
+    let maps: Maps = process.maps()?;
+    let origins: BTreeSet<(String, u64, u64)> = touched
+        .iter()
+        .filter_map(|&page| {
+            let mapping = maps.at(page)?;
+            let offset = mapping.file_offset + (page.0 - mapping.range.start.0);
+            Some((mapping.device.clone(), mapping.inode, offset))
+        })
+        .collect();
+    for (index, mapping) in maps.0.iter().enumerate() {
+        let gate = mapping.name.starts_with("/memfd:asap-gate");
+        // A module's own text lies beside other parts of its file; a copy of ours lies alone.
+        let neighbours = [index.checked_sub(1).and_then(|before| maps.0.get(before)), maps.0.get(index + 1)];
+        let alone = !neighbours.into_iter().flatten().any(|other| {
+            let touches = other.range.end == mapping.range.start || other.range.start == mapping.range.end;
+            touches && other.inode == mapping.inode && other.device == mapping.device && !other.executable
+        });
+        let copies = alone && mapping.executable && mapping.is_file() && mapping.len() <= 16 * PAGE_SIZE;
+        if !gate && !copies {
+            continue;
+        }
+        for at in (mapping.range.start.0..mapping.range.end.0).step_by(PAGE_SIZE as usize).map(TargetAddr) {
+            let offset = mapping.file_offset + (at.0 - mapping.range.start.0);
+            let copy = origins.contains(&(mapping.device.clone(), mapping.inode, offset));
+            if (gate || copy) && !touched.contains(&at) && !process.is_ours(at) {
+                let _ = pages::unmap(&mut process.puppet, at, PAGE_SIZE);
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,328 @@
+//! One process in care: its puppet, its gates, its ledger. Taking it into care, adopting what an earlier agent left, and
+//! leaving it so that nothing of us remains but its patches, or nothing at all.
+
+use super::{
+    ledger::{HOME_LENGTH, LedgerBook, Span},
+    refuse,
+};
+use crate::{
+    address::{PAGE_SIZE, TargetAddr},
+    process::{
+        gate::Gatekeeper,
+        info::ProcessInfo,
+        inject::Gadgets,
+        maps::Maps,
+        memory::Memory,
+        pages,
+        puppet::{self, Puppet, PuppetError},
+    },
+    report::{Failure, PatchId, ProcessReport},
+};
+use std::{collections::BTreeMap, io, ops::Range, time::Duration};
+
+/// Reach of a 32-bit displacement, less room for what lies behind the addressed byte.
+pub const REACH: u64 = (1 << 31) - (1 << 20);
+
+/// A process in care.
+#[derive(Debug)]
+pub struct TargetProcess {
+    /// Process id.
+    pub pid: i32,
+    /// Names the process for ever, together with the id.
+    start_time: u64,
+    /// Its memory.
+    pub memory: Memory,
+    gadgets: Gadgets,
+    /// The helper in its address space.
+    pub puppet: Puppet,
+    /// Its gates, or why there are none.
+    pub gates: Result<Gatekeeper, String>,
+    /// What is applied.
+    pub book: LedgerBook,
+    /// An earlier agent was here.
+    pub adopted: bool,
+    /// Longest stop of a thread that taking it into care took.
+    pub longest_stop: Duration,
+    baseline: Baseline,
+}
+
+/// What of a process must be the same after we left (P5): its file-backed executable mappings, and the bytes of every text
+/// page that was ever exchanged.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Baseline {
+    /// Not known where an earlier agent's traces were found.
+    mappings: Option<Vec<FileMapping>>,
+    pages: BTreeMap<TargetAddr, Vec<u8>>,
+}
+
+/// Range, file offset, inode.
+type FileMapping = (Range<TargetAddr>, u64, u64);
+
+fn executable_mappings(maps: &Maps) -> Vec<FileMapping> {
+    let files = maps.0.iter().filter(|m| m.executable && m.is_file());
+    files.map(|m| (m.range.clone(), m.file_offset, m.inode)).collect()
+}
+
+/// A way out that fits most failures to work inside a process.
+const TRY_DOCTOR: &str = "see `asap doctor` for what is missing on this system";
+
+fn refused(pid: i32, what: impl std::fmt::Display) -> Failure {
+    Failure::refused(format!("process {pid} can't be attached: {what}"), TRY_DOCTOR)
+}
+
+impl TargetProcess {
+    /// Takes `pid` into care. Stops one of its threads, for the time that making the puppet takes.
+    ///
+    /// # Errors
+    /// It can't be a target; it is as it was.
+    pub fn attach(pid: i32) -> Result<Self, Failure> {
+        let info = refuse::check(pid)?;
+        let failed = |error: io::Error| match error.kind() {
+            io::ErrorKind::NotFound => Failure::refused(format!("process {pid} ended"), "look the process up again"),
+            _ => refused(pid, error),
+        };
+        let memory = Memory::open(pid).map_err(failed)?;
+        let maps = Maps::of(pid).map_err(failed)?;
+        let gadgets = Gadgets::find(&maps, &memory).map_err(|error| refused(pid, error))?;
+        let left = LedgerBook::find_home(&maps, &memory);
+        let mappings = left.is_none().then(|| executable_mappings(&maps));
+        let (puppet, borrowed, book) = match left {
+            Some(home) => Self::adopt(pid, &memory, gadgets, home)?,
+            None => Self::move_in(pid, &maps, &memory, gadgets)?,
+        };
+        let adopted = left.is_some();
+        let mut process = Self {
+            pid,
+            start_time: info.start_time,
+            memory,
+            gadgets,
+            puppet,
+            gates: Err("not tried".into()),
+            book,
+            adopted,
+            longest_stop: borrowed.stop,
+            baseline: Baseline { mappings, pages: BTreeMap::new() },
+        };
+        let scratch = process.puppet.scratch();
+        process.gates =
+            Gatekeeper::new(&mut process.puppet, &process.memory, pid, scratch).map_err(|error| error.to_string());
+        Ok(process)
+    }
+
+    fn move_in(
+        pid: i32,
+        maps: &Maps,
+        memory: &Memory,
+        gadgets: Gadgets,
+    ) -> Result<(Puppet, puppet::Borrowed, LedgerBook), Failure> {
+        // The home needs no particular place; near the executable it is out of the way of growing heaps and stacks.
+        let anywhere = maps.0.iter().find(|m| m.executable && m.is_file()).map(|m| m.range.clone());
+        let near = anywhere.ok_or_else(|| refused(pid, "it maps no executable file"))?;
+        let mut last = None;
+        let mut maps = maps.clone();
+        // The target may map something into the gap while we look: try again with the map as it is then.
+        for _ in 0..8 {
+            let home =
+                maps.gap(&near, HOME_LENGTH, 1 << 46).ok_or_else(|| refused(pid, "its address space has no room"))?;
+            match Puppet::make(pid, memory, gadgets, home, HOME_LENGTH, false) {
+                Ok((puppet, borrowed)) => {
+                    let book = LedgerBook::create(home, memory, puppet.pid()).map_err(|error| refused(pid, error))?;
+                    crate::fault::point("attach.ledger-created");
+                    return Ok((puppet, borrowed, book));
+                }
+                Err(PuppetError::Call { error, call, .. })
+                    if call == "mmap" && error.raw_os_error() == Some(libc::EEXIST) =>
+                {
+                    last = Some(error);
+                    maps = Maps::of(pid).map_err(|error| refused(pid, error))?;
+                }
+                Err(error) => return Err(explain(pid, error)),
+            }
+        }
+        Err(refused(pid, last.map_or_else(|| "no room".to_owned(), |error| error.to_string())))
+    }
+
+    /// Takes over what an earlier agent, or the agent of the process that this one was forked from, left.
+    fn adopt(
+        pid: i32,
+        memory: &Memory,
+        gadgets: Gadgets,
+        home: TargetAddr,
+    ) -> Result<(Puppet, puppet::Borrowed, LedgerBook), Failure> {
+        let mut book = LedgerBook::open(home, memory).map_err(|error| refused(pid, error))?;
+        let old_puppet = book.ledger.puppet;
+        let (puppet, borrowed) =
+            Puppet::make(pid, memory, gadgets, home, HOME_LENGTH, true).map_err(|error| explain(pid, error))?;
+        // The dead puppet of a dead agent: a zombie child of this very process. A forked child has none.
+        let zombie = ProcessInfo::of(old_puppet).is_ok_and(|info| info.parent == pid && info.state == 'Z');
+        if zombie && old_puppet != puppet.pid() {
+            let _ = puppet::reap(pid, old_puppet, memory, gadgets);
+        }
+        let id = puppet.pid();
+        book.update(memory, |ledger| {
+            ledger.puppet = id;
+            ledger.process = pid;
+        })
+        .map_err(|error| refused(pid, error))?;
+        crate::fault::point("attach.adopted");
+        Ok((puppet, borrowed, book))
+    }
+
+    /// The process is the one that was attached, and lives.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        ProcessInfo::of(self.pid)
+            .is_ok_and(|info| info.start_time == self.start_time && !matches!(info.state, 'Z' | 'X'))
+    }
+
+    /// Its mappings now.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn maps(&self) -> Result<Maps, Failure> {
+        Maps::of(self.pid).map_err(|error| gone(self.pid, error))
+    }
+
+    /// Whether `address` lies in one of our copies of text pages.
+    #[must_use]
+    pub fn is_ours(&self, address: TargetAddr) -> bool {
+        self.book.ledger.pages.iter().any(|page| page.spare == address)
+    }
+
+    /// Maps a region of `length` bytes (whole pages) within reach of `near` and gives its start. Nothing is mapped yet: the
+    /// caller maps its parts with `map`, and calls again if one is taken (EEXIST).
+    ///
+    /// # Errors
+    /// There is no room, or memory is short.
+    pub fn reserve(
+        &mut self,
+        near: &Range<TargetAddr>,
+        length: u64,
+        protections: &[(u64, i32)],
+    ) -> Result<TargetAddr, Failure> {
+        for _ in 0..8 {
+            let Some(start) = self.maps()?.gap(near, length, REACH) else {
+                return Err(Failure::refused(
+                    format!(
+                        "process {} has no {} KiB of free address space within 2 GiB of the module at {}",
+                        self.pid,
+                        length / 1024,
+                        near.start
+                    ),
+                    "use a smaller patch, or restart the process with the repaired binary",
+                ));
+            };
+            let mut at = start;
+            let mut mapped: Vec<(TargetAddr, u64)> = Vec::new();
+            let mut taken = false;
+            for &(size, protection) in protections.iter().filter(|(size, _)| *size > 0) {
+                match pages::map_at(&mut self.puppet, at, size, protection) {
+                    Ok(()) => mapped.push((at, size)),
+                    Err(error) => {
+                        for (at, size) in mapped.drain(..) {
+                            let _ = pages::unmap(&mut self.puppet, at, size);
+                        }
+                        match &error {
+                            PuppetError::Call { error, .. } if error.raw_os_error() == Some(libc::EEXIST) => {
+                                taken = true
+                            }
+                            _ => return Err(explain(self.pid, error)),
+                        }
+                        break;
+                    }
+                }
+                at = at.offset(size as i64);
+            }
+            if !taken {
+                return Ok(start);
+            }
+        }
+        Err(refused(self.pid, "its address space changes too fast to find room for the patch"))
+    }
+
+    /// Unmaps one of our regions; what remains of a dead process needs none.
+    pub fn release(&mut self, span: Span) {
+        if !span.is_empty() {
+            let _ = pages::unmap(&mut self.puppet, span.start, span.len().next_multiple_of(PAGE_SIZE));
+        }
+    }
+
+    /// For status reports.
+    #[must_use]
+    pub fn report(&self) -> ProcessReport {
+        ProcessReport {
+            pid: self.pid,
+            threads: crate::process::info::threads(self.pid).map_or(0, |threads| threads.len()),
+            patches: self.patches(),
+        }
+    }
+
+    /// Numbers of the applied patches, oldest first.
+    #[must_use]
+    pub fn patches(&self) -> Vec<PatchId> {
+        self.book.ledger.patches.iter().map(|patch| patch.id).collect()
+    }
+
+    /// Leaves the process. With no patch left in it, nothing of us remains; the answer then is whether its text and its
+    /// executable mappings are what they were.
+    ///
+    /// # Errors
+    /// No thread could be borrowed to reap the puppet, which then stays as a zombie until the process ends.
+    pub fn leave(mut self) -> Result<Option<bool>, Failure> {
+        let pid = self.pid;
+        let keep = !self.book.ledger.patches.is_empty() || !self.book.ledger.pages.is_empty();
+        self.gates = Err("leaving".into());
+        crate::fault::point("leave.begin");
+        if !keep {
+            for span in std::mem::take(&mut self.book.ledger.lingering) {
+                self.release(span);
+            }
+            // The puppet's own code goes with it: its last call.
+            let _ = pages::unmap(&mut self.puppet, self.book.home(), HOME_LENGTH);
+            crate::fault::point("leave.unmapped");
+        }
+        let Self { puppet, memory, gadgets, baseline, .. } = self;
+        puppet.dismiss(&memory, gadgets).map_err(|error| explain(pid, error))?;
+        crate::fault::point("leave.reaped");
+        if keep {
+            return Ok(None);
+        }
+        let Ok(maps) = Maps::of(pid) else { return Ok(None) };
+        let same_bytes =
+            baseline.pages.iter().all(|(&page, bytes)| pages::content(&memory, page).is_ok_and(|now| now == *bytes));
+        // What the target itself has mapped or unmapped meanwhile (dlopen) is its own affair: ours must all be there.
+        let now = executable_mappings(&maps);
+        let same_maps = baseline.mappings.is_none_or(|before| before.iter().all(|mapping| now.contains(mapping)));
+        Ok(Some(same_bytes && same_maps))
+    }
+
+    /// Notes what a text page held before it was exchanged for the first time.
+    pub fn note_clean_page(&mut self, page: TargetAddr, clean: &[u8]) {
+        self.baseline.pages.entry(page).or_insert_with(|| clean.to_vec());
+    }
+}
+
+/// The process ended under our hands.
+#[must_use]
+pub fn gone(pid: i32, error: impl std::fmt::Display) -> Failure {
+    Failure {
+        state: crate::report::TargetState::Gone,
+        ..Failure::refused(format!("process {pid} ended: {error}"), "attach to the process that took its place")
+    }
+}
+
+/// Words for what the process layer could not do.
+#[must_use]
+pub fn explain(pid: i32, error: PuppetError) -> Failure {
+    use crate::process::{inject::InjectError, ptrace::TraceError};
+    match error {
+        PuppetError::Trace(TraceError::Gone(_)) | PuppetError::Inject(InjectError::Trace(TraceError::Gone(_))) => {
+            gone(pid, "it exited")
+        }
+        PuppetError::Trace(ref traced @ TraceError::TracedByOther { tracer, .. }) => Failure::refused(
+            format!("process {pid} can't be attached: {traced}"),
+            format!("end the debugger or tracer {tracer} first, then try again"),
+        ),
+        other => refused(pid, other),
+    }
+}

@@ -1,0 +1,147 @@
+//! `asap revert`: the opposite transaction. The old code is where it always was; what must be waited for is that nobody is
+//! inside the new.
+
+use super::{
+    check::{Checker, Observers},
+    deadline,
+    exchange::{Exchange, record},
+    hooks,
+    ledger::AppliedPatch,
+    micros_since,
+    modules::ImageCache,
+    process::TargetProcess,
+    target::Target,
+    transaction::{self, Terms},
+};
+use crate::quiesce::observe::Region;
+use crate::report::{
+    Consistency, Failure, InstalledPatch, PatchId, PatchReport, ProcessPatchReport, Progress, RevertRequest,
+};
+use std::time::Instant;
+
+/// Takes a patch out of all processes of `target`.
+///
+/// # Errors
+/// There is no such patch, another depends on it, or some thread stays inside: the patch stays where it is.
+pub fn revert(
+    target: &mut Target,
+    images: &mut ImageCache,
+    observers: &mut Observers,
+    request: &RevertRequest,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<PatchReport, Failure> {
+    let begin = Instant::now();
+    target.discover()?;
+    let patch = choose(target, request.patch.as_deref())?;
+    let (deadline, limit) = deadline(request.timeout_ms);
+    let terms = Terms { deadline, limit, consistency: request.consistency };
+    let mut reports: Vec<ProcessPatchReport> = Vec::new();
+    loop {
+        let root = target.root;
+        let carriers = target.processes.values().filter(|process| process.patches().contains(&patch.id));
+        let mut pids: Vec<i32> = carriers.map(|process| process.pid).collect();
+        pids.sort_by_key(|&pid| pid != root);
+        if pids.is_empty() {
+            break;
+        }
+        let count = pids.len();
+        for (index, pid) in pids.into_iter().enumerate() {
+            let Some(process) = target.processes.get_mut(&pid) else { continue };
+            progress(Progress { step: format!("process {pid}"), fraction: Some(index as f64 / count as f64) });
+            match from_process(process, images, observers, patch.id, terms) {
+                Ok(report) => reports.push(report),
+                Err(failure) if !process.is_alive() => {
+                    tracing::info!(pid, %failure, "a process ended while a patch was taken out");
+                    target.processes.remove(&pid);
+                }
+                Err(failure) if reports.is_empty() => return Err(failure),
+                Err(failure) => {
+                    let message = format!("{}; {} process(es) are rid of it already", failure.message, reports.len());
+                    let state = crate::report::TargetState::PartlyDone;
+                    return Err(Failure { message, state, ..failure });
+                }
+            }
+        }
+        // Children forked meanwhile from a process that still had it.
+        target.discover()?;
+    }
+    Ok(PatchReport { patch, processes: reports, dry_run: false, total_us: micros_since(begin), notes: Vec::new() })
+}
+
+fn choose(target: &Target, wanted: Option<&str>) -> Result<InstalledPatch, Failure> {
+    let patches = target.patches();
+    let Some(newest) = patches.last() else {
+        return Err(Failure::refused(format!("no patch is in process {}", target.root), "see asap list"));
+    };
+    let Some(wanted) = wanted else { return Ok(newest.clone()) };
+    let by_number = wanted.parse().ok().and_then(|id| patches.iter().find(|patch| patch.id == PatchId(id)));
+    let found = by_number.or_else(|| patches.iter().rev().find(|patch| patch.name == wanted));
+    found.cloned().ok_or_else(|| {
+        let known: Vec<_> = patches.iter().map(|patch| format!("{} ({})", patch.id.0, patch.name)).collect();
+        Failure::refused(format!("there is no patch {wanted}; there are {}", known.join(", ")), "see asap list")
+    })
+}
+
+/// A newer patch whose code leads into `patch`.
+fn dependent<'a>(patches: &'a [AppliedPatch], patch: &AppliedPatch) -> Option<&'a AppliedPatch> {
+    let newer = patches.iter().filter(|other| other.id > patch.id);
+    newer.into_iter().find(|other| {
+        other.functions.iter().filter_map(|function| function.original).any(|original| patch.code.contains(original))
+    })
+}
+
+/// Takes the patch `id` out of one process.
+///
+/// # Errors
+/// Another patch depends on it, a hook refuses, or some thread stays inside.
+pub fn from_process(
+    process: &mut TargetProcess,
+    images: &mut ImageCache,
+    observers: &mut Observers,
+    id: PatchId,
+    terms: Terms,
+) -> Result<ProcessPatchReport, Failure> {
+    let patches = process.book.ledger.patches.clone();
+    let Some(patch) = patches.iter().find(|patch| patch.id == id).cloned() else {
+        return Ok(ProcessPatchReport {
+            pid: process.pid,
+            quiescence: "it was not there".into(),
+            ..Default::default()
+        });
+    };
+    if let Some(other) = dependent(&patches, &patch) {
+        return Err(Failure::refused(
+            format!("patch {} ({}) calls code of patch {} ({})", other.id.0, other.name, patch.id.0, patch.name),
+            format!("revert patch {} first", other.id.0),
+        ));
+    }
+    let modules = images.modules(process.pid, &process.maps()?, &process.memory, |at| process.is_ours(at));
+    let goal: Vec<AppliedPatch> = patches.into_iter().filter(|other| other.id != id).collect();
+    let exchange = Exchange::prepare(process, goal)?;
+    // The byte before the code belongs to nobody: with it, the code's first byte is no entry at which to wait outside.
+    let whole = patch.code.start.offset(-1)..patch.code.end;
+    let regions = vec![Region { ranges: vec![whole], label: format!("patch {}", patch.name) }];
+    let mut checker = Checker::new(process, &modules, observers, regions);
+    let mut at_quiescence = |process: &mut TargetProcess| hooks::run(process, &patch.hooks.pre_revert);
+    let report = transaction::run(process, exchange, &mut checker, terms, &mut at_quiescence)?;
+    if let Err(failure) = hooks::run(process, &patch.hooks.post_revert) {
+        tracing::warn!(pid = process.pid, %failure, "a post-revert hook");
+    }
+    if let (Some(table), Some(_)) = (patch.eh_frame, patch.registered)
+        && let Err(error) = hooks::deregister_unwind_table(process, &modules, table)
+    {
+        tracing::warn!(pid = process.pid, %error, "the unwind table of a patch stays registered, and its memory in place");
+        return Ok(report);
+    }
+    crate::fault::point("revert.release");
+    let spans = [patch.code, patch.rodata, patch.data];
+    if terms.consistency == Consistency::Lazy {
+        // Old activations may run on in it.
+        record(process, |ledger| ledger.lingering.extend(spans.into_iter().filter(|span| !span.is_empty())))?;
+    } else {
+        for span in spans {
+            process.release(span);
+        }
+    }
+    Ok(report)
+}

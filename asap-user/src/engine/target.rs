@@ -1,0 +1,217 @@
+//! A target: a process that was attached to, and those of its descendants that run the same executable, also those forked
+//! later. A child of a patched process is born patched, since fork(2) copies its memory; here it is found and taken into care.
+
+use super::{exchange, process::TargetProcess};
+use crate::{
+    process::info::{self, ProcessInfo},
+    report::{Failure, InstalledPatch, PatchId, TargetReport},
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    os::unix::fs::MetadataExt,
+    time::Duration,
+};
+
+/// Identity of an executable: device and inode.
+type FileId = (u64, u64);
+
+/// An attached target.
+#[derive(Debug)]
+pub struct Target {
+    /// The process that was attached to.
+    pub root: i32,
+    only: bool,
+    executable: FileId,
+    path: String,
+    build_id: Option<String>,
+    /// Its processes; the root is there as long as it lives.
+    pub processes: BTreeMap<i32, TargetProcess>,
+    /// What the administrator should know.
+    pub notes: Vec<String>,
+}
+
+fn executable_of(pid: i32) -> Option<FileId> {
+    fs::metadata(format!("/proc/{pid}/exe")).ok().map(|data| (data.dev(), data.ino()))
+}
+
+impl Target {
+    /// Attaches to `root` and, unless `only`, to its descendants.
+    ///
+    /// # Errors
+    /// One of the processes can't be attached; none is then.
+    pub fn attach(root: i32, only: bool) -> Result<Self, Failure> {
+        let process = TargetProcess::attach(root)?;
+        let executable =
+            executable_of(root).ok_or_else(|| super::process::gone(root, "its executable is not there"))?;
+        let path = fs::read_link(format!("/proc/{root}/exe")).unwrap_or_default().to_string_lossy().into_owned();
+        let mut target = Self {
+            root,
+            only,
+            executable,
+            path,
+            build_id: None,
+            processes: BTreeMap::from([(root, process)]),
+            notes: Vec::new(),
+        };
+        if let Err(failure) = target.recover_all().and_then(|()| target.discover().map(drop)) {
+            target.leave_all();
+            return Err(failure);
+        }
+        Ok(target)
+    }
+
+    fn recover_all(&mut self) -> Result<(), Failure> {
+        self.processes.values_mut().try_for_each(exchange::recover)
+    }
+
+    /// Notes the build-id of the executable, for reports.
+    pub fn set_build_id(&mut self, build_id: Option<String>) {
+        self.build_id = build_id;
+    }
+
+    /// Takes descendants into care that are not yet; gives their ids. Those that have ended are let go.
+    ///
+    /// # Errors
+    /// A descendant can't be attached although it lives.
+    pub fn discover(&mut self) -> Result<Vec<i32>, Failure> {
+        self.processes.retain(|_, process| process.is_alive());
+        let mut found = Vec::new();
+        if self.only {
+            return Ok(found);
+        }
+        loop {
+            let new = self.unknown_descendants();
+            if new.is_empty() {
+                return Ok(found);
+            }
+            let mut attached = false;
+            for pid in new {
+                match TargetProcess::attach(pid) {
+                    Ok(mut process) => {
+                        exchange::recover(&mut process)?;
+                        self.processes.insert(pid, process);
+                        found.push(pid);
+                        attached = true;
+                    }
+                    // It ended while we looked, or is about to run another program.
+                    Err(_) if !self.is_descendant(pid) => {}
+                    Err(failure) => return Err(failure),
+                }
+            }
+            if !attached {
+                return Ok(found);
+            }
+        }
+    }
+
+    /// Whether `pid` still lives and runs the target's executable.
+    fn is_descendant(&self, pid: i32) -> bool {
+        executable_of(pid) == Some(self.executable)
+            && ProcessInfo::of(pid).is_ok_and(|info| !matches!(info.state, 'Z' | 'X'))
+    }
+
+    fn unknown_descendants(&self) -> Vec<i32> {
+        let agent = std::process::id() as i32;
+        let puppets: BTreeSet<i32> = self.processes.values().map(|process| process.puppet.pid()).collect();
+        let mut seen = BTreeSet::new();
+        let mut new = Vec::new();
+        // Children whose parent ended belong to init now: those in care already are starting points, too.
+        let mut queue: Vec<i32> = self.processes.keys().copied().chain([self.root]).collect();
+        while let Some(pid) = queue.pop() {
+            if !seen.insert(pid) {
+                continue;
+            }
+            for child in info::children(pid) {
+                // Helpers of ours are children of the target, too.
+                let ours = puppets.contains(&child) || ProcessInfo::of(child).is_ok_and(|info| info.tracer == agent);
+                if ours || !self.is_descendant(child) {
+                    continue;
+                }
+                if !self.processes.contains_key(&child) {
+                    new.push(child);
+                }
+                queue.push(child);
+            }
+        }
+        new
+    }
+
+    /// Whether any process of it lives.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        self.processes.values().any(TargetProcess::is_alive)
+    }
+
+    /// Longest stop of one thread that attaching took.
+    #[must_use]
+    pub fn longest_stop(&self) -> Duration {
+        self.processes.values().map(|process| process.longest_stop).max().unwrap_or_default()
+    }
+
+    /// Whether an earlier agent's patches were found.
+    #[must_use]
+    pub fn was_adopted(&self) -> bool {
+        self.processes.get(&self.root).is_some_and(|process| process.adopted)
+    }
+
+    /// All patches that are in any of its processes, oldest first.
+    #[must_use]
+    pub fn patches(&self) -> Vec<InstalledPatch> {
+        let mut patches: BTreeMap<PatchId, InstalledPatch> = BTreeMap::new();
+        for patch in self.processes.values().flat_map(|process| &process.book.ledger.patches) {
+            patches.entry(patch.id).or_insert_with(|| patch.report());
+        }
+        patches.into_values().collect()
+    }
+
+    /// A number that no patch in any of its processes has had.
+    #[must_use]
+    pub fn next_patch(&self) -> PatchId {
+        let next = self.processes.values().map(|process| process.book.ledger.next_patch).max().unwrap_or(1);
+        PatchId(next)
+    }
+
+    /// For reports.
+    #[must_use]
+    pub fn report(&self) -> TargetReport {
+        let mut notes = self.notes.clone();
+        for process in self.processes.values() {
+            match &process.gates {
+                Err(reason) => notes.push(format!("process {}: no gates ({reason}): patching stops all its threads for the check", process.pid)),
+                Ok(gates) if !gates.covers_kernel_faults => notes.push(format!(
+                    "process {}: userfaultfd for user mode only; a system call that reads code while it is being patched fails with EFAULT",
+                    process.pid
+                )),
+                Ok(_) => {}
+            }
+        }
+        TargetReport {
+            pid: self.root,
+            executable: self.path.clone(),
+            build_id: self.build_id.clone(),
+            processes: self.processes.values().map(TargetProcess::report).collect(),
+            patches: self.patches(),
+            notes,
+        }
+    }
+
+    /// Leaves all processes; says whether all of them are what they were before attach (`None`: patches stay, or not known).
+    pub fn leave_all(&mut self) -> Option<bool> {
+        let mut clean = Some(true);
+        for (pid, process) in std::mem::take(&mut self.processes) {
+            if !process.is_alive() {
+                continue;
+            }
+            clean = match (process.leave(), clean) {
+                (Ok(Some(same)), Some(clean)) => Some(clean && same),
+                (Ok(_), _) => None,
+                (Err(failure), _) => {
+                    tracing::warn!(pid, %failure, "leaving a process");
+                    None
+                }
+            };
+        }
+        clean
+    }
+}
