@@ -4,6 +4,7 @@
 //! `kernel`. `image` and `patch` are pure: bytes in, plain data out.
 
 pub mod address;
+pub mod agent;
 pub mod fault;
 pub mod image;
 pub mod process;

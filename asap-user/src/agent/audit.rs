@@ -1,0 +1,359 @@
+//! Who changed what, when, with which files, and what came of it: one line of JSON before each changing request and one after.
+//! JSON escapes line ends and control characters, so no name can forge a record.
+//!
+//! The file is opened for each record, so that log rotation needs no help; it is only ever appended to.
+
+use crate::report::{Failure, PatchFile, Reply, Request};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::{
+    fs::{DirBuilder, File, OpenOptions},
+    io::{self, Read, Seek, SeekFrom, Write},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+/// Longest part of a name that is kept.
+const NAME_LIMIT: usize = 256;
+/// How much of the end of the file is read to show the last records.
+const TAIL: u64 = 4 << 20;
+
+/// The audit log can't be used.
+#[derive(Debug, thiserror::Error)]
+#[error("the audit log {path} can't be used: {why}; choose another with --log")]
+pub struct AuditError {
+    /// The file.
+    pub path: PathBuf,
+    /// What is wrong with it.
+    pub why: String,
+}
+
+/// Before or after.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// It is about to be tried.
+    Intent,
+    /// This came of it.
+    Result,
+}
+
+/// One file of a patch.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileDigest {
+    /// Its name, as the client gave it.
+    pub name: String,
+    /// SHA-256 of its bytes, hex: what sha256sum(1) prints.
+    pub sha256: String,
+}
+
+/// A line of the log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// RFC 3339, UTC.
+    pub time: String,
+    /// Before or after.
+    pub phase: Phase,
+    /// The agent's pid; with `number` it pairs intent and result.
+    pub agent: i32,
+    /// Counts the agent's changing requests.
+    pub number: u64,
+    /// The user who asked.
+    pub uid: u32,
+    /// The client's process.
+    pub pid: i32,
+    /// attach, patch, check, revert, detach, stop.
+    pub command: String,
+    /// Process asked about.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<i32>,
+    /// Name or number of the patch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub patch: Option<String>,
+    /// SHA-256 of the patch as `list` shows it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
+    /// The files that were sent.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<FileDigest>,
+    /// The functions: asked for in the intent, replaced in the result.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub functions: Vec<String>,
+    /// "done", or the class of the failure.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result: Option<String>,
+    /// Why it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+    /// How long it took, microseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub duration_us: Option<u64>,
+}
+
+/// Who asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Client {
+    /// User.
+    pub uid: u32,
+    /// Process.
+    pub pid: i32,
+}
+
+/// Writes the log.
+#[derive(Debug)]
+pub struct AuditLog {
+    path: PathBuf,
+    number: u64,
+}
+
+impl AuditLog {
+    /// A log at `path`; makes the file and its directory, and checks that both can be trusted.
+    ///
+    /// # Errors
+    /// They can't be made or are not ours alone.
+    pub fn open(path: &Path) -> Result<Self, AuditError> {
+        let failed = |why: String| AuditError { path: path.to_owned(), why };
+        if let Some(directory) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+            match DirBuilder::new().mode(0o700).create(directory) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                    return Err(failed(format!("{}: {error}", directory.display())));
+                }
+                _ => {}
+            }
+        }
+        let log = Self { path: path.to_owned(), number: 0 };
+        log.file().map_err(|error| failed(error.to_string()))?;
+        Ok(log)
+    }
+
+    fn file(&self) -> io::Result<File> {
+        let file = OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC | libc::O_NONBLOCK)
+            .open(&self.path)?;
+        let facts = file.metadata()?;
+        if !facts.is_file() {
+            return Err(io::Error::other("it is not a regular file"));
+        }
+        if facts.uid() != nix::unistd::geteuid().as_raw() || facts.mode() & 0o022 != 0 {
+            return Err(io::Error::other("others can write it"));
+        }
+        Ok(file)
+    }
+
+    /// Appends one record, in one write.
+    ///
+    /// # Errors
+    /// The disk is full, or the file can't be trusted any more.
+    pub fn append(&self, record: &Record) -> Result<(), AuditError> {
+        let failed = |why: String| AuditError { path: self.path.clone(), why };
+        let mut line = serde_json::to_vec(record).map_err(|error| failed(error.to_string()))?;
+        line.push(b'\n');
+        let written = self.file().and_then(|mut file| file.write_all(&line));
+        written.map_err(|error| failed(error.to_string()))
+    }
+
+    /// The record to write before `request` is tried; none: it changes nothing.
+    pub fn intent(&mut self, client: Client, request: &Request) -> Option<Record> {
+        let mut record = Record {
+            time: timestamp(),
+            phase: Phase::Intent,
+            agent: nix::unistd::getpid().as_raw(),
+            number: self.number + 1,
+            uid: client.uid,
+            pid: client.pid,
+            command: String::new(),
+            target: None,
+            patch: None,
+            sha256: None,
+            files: Vec::new(),
+            functions: Vec::new(),
+            result: None,
+            message: None,
+            duration_us: None,
+        };
+        let command = match request {
+            Request::Attach(request) => {
+                record.target = Some(request.pid);
+                "attach"
+            }
+            Request::Patch(request) => {
+                record.target = request.pid;
+                record.patch = request.name.as_deref().map(shortened);
+                record.functions = request.functions.iter().map(|name| shortened(name)).collect();
+                record.files = request.files.iter().map(FileDigest::of).collect();
+                if request.dry_run { "check" } else { "patch" }
+            }
+            Request::Revert(request) => {
+                record.target = request.pid;
+                record.patch = request.patch.as_deref().map(shortened);
+                "revert"
+            }
+            Request::Detach(request) => {
+                record.target = request.pid;
+                if request.revert { "detach --revert" } else { "detach" }
+            }
+            Request::Shutdown => "stop",
+            Request::Status(_) | Request::List(_) => return None,
+        };
+        command.clone_into(&mut record.command);
+        self.number += 1;
+        Some(record)
+    }
+}
+
+impl Record {
+    /// The record that tells what came of this intent.
+    #[must_use]
+    pub fn result(mut self, reply: &Reply, took: Duration) -> Self {
+        self.time = timestamp();
+        self.phase = Phase::Result;
+        self.duration_us = Some(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
+        self.result = Some("done".to_owned());
+        match reply {
+            Reply::Attached(report) => self.target = Some(report.target.pid),
+            Reply::Patched(report) | Reply::Reverted(report) => {
+                self.patch = Some(shortened(&report.patch.name));
+                self.sha256 = Some(report.patch.sha256.clone());
+                self.functions = report.patch.functions.iter().map(|function| shortened(&function.name)).collect();
+            }
+            Reply::Detached(report) => {
+                self.target = Some(report.pid);
+                self.functions = Vec::new();
+            }
+            Reply::Failed(Failure { kind, message, .. }) => {
+                let kind = serde_json::to_value(kind).ok();
+                self.result = kind.and_then(|kind| kind.as_str().map(str::to_owned));
+                self.message = Some(message.chars().take(4 * NAME_LIMIT).collect());
+            }
+            Reply::Status(_) | Reply::Bye | Reply::Progress(_) => {}
+        }
+        self
+    }
+}
+
+impl FileDigest {
+    fn of(file: &PatchFile) -> Self {
+        let sha256 = Sha256::digest(&file.bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        Self { name: shortened(&file.name), sha256 }
+    }
+}
+
+fn shortened(name: &str) -> String {
+    name.chars().take(NAME_LIMIT).collect()
+}
+
+fn timestamp() -> String {
+    humantime::format_rfc3339_millis(SystemTime::now()).to_string()
+}
+
+/// The last `count` records of a log, oldest first, and how many lines among those read were none.
+///
+/// # Errors
+/// The file can't be read.
+pub fn last_records(path: &Path, count: usize) -> io::Result<(Vec<Record>, usize)> {
+    let mut file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    let start = file.metadata()?.len().saturating_sub(TAIL);
+    file.seek(SeekFrom::Start(start))?;
+    let mut bytes = Vec::new();
+    file.take(2 * TAIL).read_to_end(&mut bytes)?;
+    // The first line is a part of one unless the file was read from its start.
+    let whole =
+        if start == 0 { 0 } else { bytes.iter().position(|&byte| byte == b'\n').map_or(bytes.len(), |end| end + 1) };
+    let mut records = Vec::new();
+    let mut damaged = 0;
+    for line in bytes[whole..].split(|&byte| byte == b'\n').filter(|line| !line.is_empty()) {
+        match serde_json::from_slice::<Record>(line) {
+            Ok(record) => records.push(record),
+            Err(_) => damaged += 1,
+        }
+    }
+    let surplus = records.len().saturating_sub(count);
+    Ok((records.split_off(surplus), damaged))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::{AttachRequest, Consistency, Mechanism, PatchRequest, StatusRequest};
+
+    const CLIENT: Client = Client { uid: 0, pid: 77 };
+
+    fn log() -> (tempfile::TempDir, PathBuf, AuditLog) {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let path = dir.path().join("log/audit.jsonl");
+        let log = AuditLog::open(&path).expect("a new log");
+        (dir, path, log)
+    }
+
+    fn patch(name: &str) -> Request {
+        Request::Patch(PatchRequest {
+            pid: Some(5),
+            functions: vec!["f".to_owned()],
+            address: None,
+            files: vec![PatchFile { name: "fix.o".to_owned(), bytes: b"abc".to_vec() }],
+            name: Some(name.to_owned()),
+            dry_run: false,
+            timeout_ms: 1,
+            consistency: Consistency::Quiescent,
+            mechanism: Mechanism::Auto,
+        })
+    }
+
+    #[test]
+    fn a_name_with_line_ends_forges_no_record() {
+        let (_dir, path, mut log) = log();
+        let evil = "x\"}\n{\"time\":\"forged\"}\r\n\u{1b}[2J";
+        let intent = log.intent(CLIENT, &patch(evil)).expect("changes something");
+        log.append(&intent).expect("written");
+        let failure = Failure::refused("no such function", "look again");
+        log.append(&intent.result(&Reply::Failed(failure), Duration::from_millis(3))).expect("written");
+        let text = std::fs::read_to_string(&path).expect("readable");
+        assert_eq!(text.lines().count(), 2);
+        assert!(!text.contains('\u{1b}'));
+        let (records, damaged) = last_records(&path, 10).expect("readable");
+        assert_eq!((records.len(), damaged), (2, 0));
+        assert_eq!(records[0].patch.as_deref(), Some(evil));
+        assert_eq!(records[0].files[0].sha256, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+        assert_eq!(records[1].result.as_deref(), Some("refused"));
+        assert_eq!(records[1].duration_us, Some(3000));
+        assert_eq!(records[0].number, records[1].number);
+    }
+
+    #[test]
+    fn only_changing_requests_are_logged_and_each_has_its_number() {
+        let (_dir, _path, mut log) = log();
+        assert!(log.intent(CLIENT, &Request::Status(StatusRequest::default())).is_none());
+        let numbers = [Request::Attach(AttachRequest { pid: 5, only: false }), Request::Shutdown]
+            .map(|request| log.intent(CLIENT, &request).expect("changes something").number);
+        assert_eq!(numbers, [1, 2]);
+    }
+
+    #[test]
+    fn a_link_or_a_file_that_others_can_write_is_no_log() {
+        let (dir, path, log) = log();
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).expect("symlink");
+        AuditLog::open(&link).expect_err("a link");
+        use std::os::unix::fs::PermissionsExt;
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).expect("chmod");
+        let record = AuditLog::intent(&mut AuditLog { path: path.clone(), number: 0 }, CLIENT, &Request::Shutdown);
+        log.append(&record.expect("changes something")).expect_err("others can write it");
+    }
+
+    #[test]
+    fn damaged_lines_are_counted_and_the_last_records_are_shown() {
+        let (_dir, path, mut log) = log();
+        std::fs::write(&path, "{\"half\": \n").expect("write");
+        for _ in 0..5 {
+            let record = log.intent(CLIENT, &Request::Shutdown).expect("changes something");
+            log.append(&record).expect("written");
+        }
+        let (records, damaged) = last_records(&path, 2).expect("readable");
+        assert_eq!(records.iter().map(|record| record.number).collect::<Vec<_>>(), [4, 5]);
+        assert_eq!(damaged, 1);
+    }
+}

@@ -1,0 +1,242 @@
+//! The thread that owns the engine: takes one request after the other, writes the audit log around each, and looks after the
+//! targets in between. It waits for nobody: progress that a client does not read is dropped.
+
+use super::{
+    OperationsFactory,
+    audit::{AuditLog, Client, Record},
+    watchdog::Watchdog,
+};
+use crate::report::{Failure, FailureKind, Operations, Progress, Reply, Request, TargetState};
+use nix::sys::signal::{SigSet, Signal};
+use std::{
+    io,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    thread,
+    time::{Duration, Instant},
+};
+use tokio::sync::{mpsc as async_mpsc, oneshot, watch};
+
+/// How often targets are looked after.
+const HOUSEKEEPING: Duration = Duration::from_millis(200);
+/// So many rounds of housekeeping between two looks whether anything is still attached.
+const ROUNDS_PER_CENSUS: u32 = 10;
+
+/// A request on its way through the engine.
+pub(super) struct Job {
+    pub request: Request,
+    pub client: Client,
+    /// Steps of the work; may be full.
+    pub progress: async_mpsc::Sender<Progress>,
+    /// The answer.
+    pub reply: oneshot::Sender<Reply>,
+}
+
+/// What the rest of the agent sees of the engine thread.
+#[derive(Clone)]
+pub(super) struct EngineQueue {
+    messages: mpsc::Sender<Message>,
+    shared: Arc<Shared>,
+}
+
+enum Message {
+    Job(Box<Job>),
+    /// Look at `Shared::ending`.
+    End,
+}
+
+#[derive(Default)]
+struct Shared {
+    busy_with: Mutex<Option<String>>,
+    ending: AtomicBool,
+}
+
+/// What the server waits for.
+pub(super) struct EngineEvents {
+    /// Is anything attached?
+    pub attached: watch::Receiver<bool>,
+    /// The thread ended; the reason where that was not asked for.
+    pub ended: oneshot::Receiver<Result<(), String>>,
+}
+
+impl EngineQueue {
+    /// Queues a job. If the engine is gone the job is dropped, and with it the sender of its reply.
+    pub fn send(&self, job: Job) {
+        let _ = self.messages.send(Message::Job(Box::new(job)));
+    }
+
+    /// Has the engine end after the job that it is at; queued ones are dropped.
+    pub fn end(&self) {
+        self.shared.ending.store(true, Ordering::Relaxed);
+        let _ = self.messages.send(Message::End);
+    }
+
+    /// What the engine is at now, for a person.
+    pub fn busy_with(&self) -> Option<String> {
+        self.shared.busy_with.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// Starts the thread. The engine is made on it and dropped on it.
+pub(super) fn start(
+    factory: OperationsFactory,
+    watchdog: Watchdog,
+    audit: AuditLog,
+) -> io::Result<(EngineQueue, EngineEvents)> {
+    let (messages, queue) = mpsc::channel();
+    let (attached_sender, attached) = watch::channel(false);
+    let (ended_sender, ended) = oneshot::channel();
+    let shared = Arc::new(Shared::default());
+    let ours = Arc::clone(&shared);
+    thread::Builder::new().name("engine".to_owned()).spawn(move || {
+        leave_signals_to_the_runtime();
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            let mut worker = Worker { operations: factory(watchdog), audit, attached: attached_sender, shared: ours };
+            worker.work(&queue)
+        }));
+        let outcome = outcome.unwrap_or_else(|panic| Err(words_of(&*panic)));
+        let _ = ended_sender.send(outcome);
+    })?;
+    Ok((EngineQueue { messages, shared }, EngineEvents { attached, ended }))
+}
+
+/// A signal to the agent must not interrupt a `waitpid` in the middle of a patch.
+fn leave_signals_to_the_runtime() {
+    let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT].into_iter().collect();
+    let _ = signals.thread_block();
+}
+
+struct Worker {
+    operations: Box<dyn Operations>,
+    audit: AuditLog,
+    attached: watch::Sender<bool>,
+    shared: Arc<Shared>,
+}
+
+impl Worker {
+    fn work(&mut self, queue: &mpsc::Receiver<Message>) -> Result<(), String> {
+        let mut rounds = 0;
+        let mut next_round = Instant::now() + HOUSEKEEPING;
+        loop {
+            let message = if *self.attached.borrow() {
+                queue.recv_timeout(next_round.saturating_duration_since(Instant::now()))
+            } else {
+                // At rest: nothing to look after, so nothing to do until somebody asks.
+                queue.recv().map_err(|mpsc::RecvError| mpsc::RecvTimeoutError::Disconnected)
+            };
+            if self.shared.ending.load(Ordering::Relaxed) {
+                return Ok(());
+            }
+            match message {
+                Ok(Message::Job(job)) => {
+                    self.do_job(*job)?;
+                    self.take_census();
+                }
+                Ok(Message::End) | Err(mpsc::RecvTimeoutError::Disconnected) => return Ok(()),
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    self.operations.housekeeping();
+                    rounds += 1;
+                    if rounds % ROUNDS_PER_CENSUS == 0 {
+                        self.take_census();
+                    }
+                    next_round = Instant::now() + HOUSEKEEPING;
+                }
+            }
+        }
+    }
+
+    fn take_census(&mut self) {
+        let now = self.operations.attached();
+        self.attached.send_if_modified(|attached| std::mem::replace(attached, now) != now);
+    }
+
+    fn do_job(&mut self, job: Job) -> Result<(), String> {
+        let Job { request, client, progress, reply } = job;
+        let intent = self.audit.intent(client, &request);
+        if let Some(Err(error)) = intent.as_ref().map(|intent| self.audit.append(intent)) {
+            // What can't be accounted for is not done.
+            let _ = reply.send(Reply::Failed(Failure::refused(
+                format!("the request can't be logged: {error}"),
+                "make room for the log, or start the agent with another --log",
+            )));
+            return Ok(());
+        }
+        self.note(Some(describe(&request)));
+        let started = Instant::now();
+        let mut tell = |step| drop(progress.try_send(step));
+        let outcome = catch_unwind(AssertUnwindSafe(|| perform(&mut *self.operations, &request, &mut tell)));
+        let (answer, end) = match outcome {
+            Ok(answer) => (answer, Ok(())),
+            Err(panic) => {
+                let words = words_of(&*panic);
+                (Reply::Failed(bug(&words)), Err(words))
+            }
+        };
+        self.note(None);
+        if let Some(intent) = intent {
+            self.log_result(intent, &answer, started.elapsed());
+        }
+        let _ = reply.send(answer);
+        // After a panic the engine's picture of the targets can't be trusted; a new agent reads it from the targets.
+        end
+    }
+
+    fn log_result(&self, intent: Record, answer: &Reply, took: Duration) {
+        if let Err(error) = self.audit.append(&intent.result(answer, took)) {
+            tracing::error!(%error, "the result of a request could not be logged");
+        }
+    }
+
+    fn note(&self, what: Option<String>) {
+        *self.shared.busy_with.lock().unwrap_or_else(PoisonError::into_inner) = what;
+    }
+}
+
+fn perform(operations: &mut dyn Operations, request: &Request, tell: &mut dyn FnMut(Progress)) -> Reply {
+    let result = match request {
+        Request::Attach(request) => operations.attach(request, tell).map(Reply::Attached),
+        Request::Patch(request) => operations.patch(request, tell).map(Reply::Patched),
+        Request::Revert(request) => operations.revert(request, tell).map(Reply::Reverted),
+        Request::Detach(request) => operations.detach(request, tell).map(Reply::Detached),
+        Request::Status(request) | Request::List(request) => operations.status(request).map(Reply::Status),
+        // The session stops the agent once this is answered.
+        Request::Shutdown => Ok(Reply::Bye),
+    };
+    result.unwrap_or_else(Reply::Failed)
+}
+
+fn describe(request: &Request) -> String {
+    let of = |command: &str, pid: Option<i32>| match pid {
+        Some(pid) => format!("{command} of process {pid}"),
+        None => command.to_owned(),
+    };
+    match request {
+        Request::Attach(request) => of("attach", Some(request.pid)),
+        Request::Patch(request) => of(if request.dry_run { "check" } else { "patch" }, request.pid),
+        Request::Revert(request) => of("revert", request.pid),
+        Request::Detach(request) => of("detach", request.pid),
+        Request::Status(request) | Request::List(request) => of("status", request.pid),
+        Request::Shutdown => "stop".to_owned(),
+    }
+}
+
+fn bug(words: &str) -> Failure {
+    Failure {
+        kind: FailureKind::Failed,
+        message: format!("the agent met an error of its own and ends: {words}"),
+        state: TargetState::RolledBack,
+        way_out:
+            "look at the target with `asap attach --pid N`: a new agent takes over what it finds; please report this"
+                .to_owned(),
+        busy: Vec::new(),
+    }
+}
+
+fn words_of(panic: &(dyn std::any::Any + Send)) -> String {
+    let words = panic.downcast_ref::<&str>().map(|words| (*words).to_owned());
+    words.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "unknown panic".to_owned())
+}

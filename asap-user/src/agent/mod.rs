@@ -1,0 +1,47 @@
+//! The long-lived half: a root-only socket in front of one engine thread, an audit log and a watchdog. Knows how requests
+//! come in and replies go out; knows nothing of functions and patches, which are the engine's, or of tables and help, which
+//! are the command line's.
+//!
+//! Three kinds of flow meet here. Sessions (one per client) and signals live on a tokio runtime of one thread, which never
+//! blocks. The engine lives on a thread of its own, since `ptrace` belongs to the thread that attached; it takes one request
+//! after the other. The watchdog is a process, so that it also sees an agent that is stopped as a whole.
+
+pub mod audit;
+mod engine_thread;
+mod error;
+pub mod launch;
+pub mod protocol;
+mod server;
+mod session;
+pub mod socket;
+#[cfg(test)]
+mod tests;
+pub mod watchdog;
+
+pub use error::AgentError;
+pub use server::run;
+
+use crate::report::Operations;
+use std::{path::PathBuf, time::Duration};
+use watchdog::Watchdog;
+
+/// Where the agent listens unless told otherwise.
+pub const DEFAULT_SOCKET: &str = "/run/asap/agent.sock";
+/// Where the audit log is unless told otherwise.
+pub const DEFAULT_LOG: &str = "/var/log/asap/audit.jsonl";
+/// How long a background agent stays without a target unless told otherwise.
+pub const DEFAULT_IDLE_EXIT: Duration = Duration::from_secs(10);
+
+/// Makes the engine, on the thread that it will live on.
+pub type OperationsFactory = Box<dyn FnOnce(Watchdog) -> Box<dyn Operations> + Send>;
+
+/// How an agent runs.
+#[derive(Clone, Debug)]
+pub struct AgentOptions {
+    /// Where it listens.
+    pub socket: PathBuf,
+    /// Its audit log.
+    pub log: PathBuf,
+    /// End after so long without a target and without a client; none: stay.
+    pub idle_exit: Option<Duration>,
+}
