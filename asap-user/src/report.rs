@@ -344,6 +344,8 @@ pub enum TargetState {
     Gone,
     /// Some processes carry the change, others don't.
     PartlyDone,
+    /// Nobody is left to tell; attach again to see.
+    Unknown,
 }
 
 /// A thread that is inside a function to be replaced.

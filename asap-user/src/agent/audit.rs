@@ -220,10 +220,7 @@ impl Record {
                 self.sha256 = Some(report.patch.sha256.clone());
                 self.functions = report.patch.functions.iter().map(|function| shortened(&function.name)).collect();
             }
-            Reply::Detached(report) => {
-                self.target = Some(report.pid);
-                self.functions = Vec::new();
-            }
+            Reply::Detached(report) => self.target = Some(report.pid),
             Reply::Failed(Failure { kind, message, .. }) => {
                 let kind = serde_json::to_value(kind).ok();
                 self.result = kind.and_then(|kind| kind.as_str().map(str::to_owned));

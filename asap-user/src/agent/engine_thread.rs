@@ -228,7 +228,7 @@ fn bug(words: &str) -> Failure {
     Failure {
         kind: FailureKind::Failed,
         message: format!("the agent met an error of its own and ends: {words}"),
-        state: TargetState::RolledBack,
+        state: TargetState::Unknown,
         way_out:
             "look at the target with `asap attach --pid N`: a new agent takes over what it finds; please report this"
                 .to_owned(),
