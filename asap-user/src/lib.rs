@@ -7,6 +7,7 @@ pub mod address;
 pub mod agent;
 pub mod fault;
 pub mod image;
+pub mod patch;
 pub mod process;
 pub mod quiesce;
 pub mod report;

@@ -1,0 +1,4 @@
+//! Objects made by real compilers, linked at chosen places, and run in this process.
+
+mod harness;
+mod languages;
