@@ -15,6 +15,7 @@ mod input;
 mod layout;
 mod link;
 mod merge;
+pub mod prologue;
 mod relocation;
 mod tls;
 mod unwind;
