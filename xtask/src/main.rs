@@ -1,3 +1,52 @@
-//! `cargo xtask`: set-up, demo, tests, benchmarks.
+//! `cargo xtask`: set-up, demo, tests, benchmarks. Each command does all its own set-up on a fresh machine.
 
-fn main() {}
+mod agent;
+mod apache;
+mod command;
+mod demo;
+mod http;
+mod setup;
+mod test;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Tasks around asap.
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Check what is needed, and install what is missing (Debian packages, as root).
+    Setup,
+    /// Run all tests.
+    Test {
+        /// Only tests whose name contains this.
+        filter: Option<String>,
+    },
+    /// Repair a live Apache under load, and show what happened.
+    Demo {
+        /// Print the figures as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().task {
+        Task::Setup => setup::run(),
+        Task::Test { filter } => test::run(filter.as_deref()),
+        Task::Demo { json } => demo::run(json),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

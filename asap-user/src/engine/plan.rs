@@ -1,7 +1,11 @@
 //! Which functions of which module a patch replaces, and whether that can be done: everything that can be refused before a
 //! byte of the target changes.
 
-use super::{modules::{ImageCache, Module}, process::TargetProcess, text::JUMP_LENGTH};
+use super::{
+    modules::{ImageCache, Module},
+    process::TargetProcess,
+    text::JUMP_LENGTH,
+};
 use crate::{
     address::TargetAddr,
     image::{Function, FunctionQuery, LookupError, demangle},

@@ -74,7 +74,8 @@ pub fn stage(
     let code_length = pages(trampolines + wanted.len() as u64 * TRAMPOLINE_LENGTH);
     // Behind the patch's own variables lies the object that libgcc wants for the unwind table.
     let object_at = (layout.data.size as u64).next_multiple_of(16);
-    let (rodata_length, data_length) = (pages(layout.rodata.size as u64), pages(object_at + super::hooks::UNWIND_OBJECT));
+    let (rodata_length, data_length) =
+        (pages(layout.rodata.size as u64), pages(object_at + super::hooks::UNWIND_OBJECT));
     let near = modules[functions[0].module].text.clone();
     let parts = [
         (code_length, libc::PROT_READ | libc::PROT_EXEC),

@@ -216,7 +216,8 @@ impl SymbolTable {
             if entry.st_shndx.get(LE).0 == SHN_ABS {
                 continue;
             }
-            let symbol = raw(table, name, entry.st_value(LE), entry.st_size(LE), entry.st_info.0, entry.st_shndx.get(LE).0);
+            let symbol =
+                raw(table, name, entry.st_value(LE), entry.st_size(LE), entry.st_info.0, entry.st_shndx.get(LE).0);
             if let Some(mut symbol) = symbol {
                 if symbol.binding == Binding::Local {
                     symbol.file = file;
