@@ -1,4 +1,6 @@
 //! Objects made by real compilers, linked at chosen places, and run in this process.
 
 mod harness;
+//H
 mod languages;
+mod prologues;
