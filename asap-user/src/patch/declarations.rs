@@ -86,9 +86,9 @@ fn read_section(input: &Input, index: usize, all: &mut Declarations) -> Result<(
             (r.offset == offset as u64 && r.kind == object::elf::R_X86_64_64.0).then_some(r)
         };
         let subject = relocation_at(start).ok_or_else(|| refuse("a declaration names no symbol"))?;
-        let name = match relocation_at(start + 8) {
-            Some(r) => Some(string(input, r).ok_or_else(|| refuse("a name is not a string of the object"))?),
-            None => None,
+        let name = || match relocation_at(start + 8) {
+            Some(r) => string(input, r).map(Some).ok_or_else(|| refuse("a name is not a string of the object")),
+            None => Ok(None),
         };
         let undefined = || {
             let symbol = &input.symbols[subject.symbol];
@@ -107,11 +107,11 @@ fn read_section(input: &Input, index: usize, all: &mut Declarations) -> Result<(
         match what {
             "replace" => {
                 let new_symbol = function()?;
-                let replaces = name.unwrap_or_else(|| new_symbol.clone());
+                let replaces = name()?.unwrap_or_else(|| new_symbol.clone());
                 add_replacement(input, &section.name, all, replaces, new_symbol)?;
             }
             "original" => {
-                all.originals.insert(undefined()?, named(name)?);
+                all.originals.insert(undefined()?, named(name()?)?);
             }
             // The second pointer is the new function itself: its symbol is the (mangled) name.
             "original_of" => {
@@ -125,7 +125,7 @@ fn read_section(input: &Input, index: usize, all: &mut Declarations) -> Result<(
                 all.originals.insert(undefined()?, named(of)?);
             }
             "import" => {
-                all.imports.insert(undefined()?, named(name)?);
+                all.imports.insert(undefined()?, named(name()?)?);
             }
             "pre_apply" => all.hooks.pre_apply.push(function()?),
             "post_apply" => all.hooks.post_apply.push(function()?),

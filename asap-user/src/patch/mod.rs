@@ -70,16 +70,16 @@ pub struct Replacement {
     pub new_symbol: String,
 }
 
-/// Functions of the patch to run in the target; symbol names, in the order of their declaration.
+/// Functions of the patch to run in the target; symbol names. Compilers reorder them: several of one kind have no order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hooks {
-    /// Before new code is installed; one that returns other than 0 stops it.
+    /// `int f(void)`, before new code is installed; other than 0: refused.
     pub pre_apply: Vec<String>,
-    /// After new code was installed.
+    /// `void f(void)`, after new code was installed.
     pub post_apply: Vec<String>,
-    /// Before old code is put back.
+    /// `int f(void)`, before old code is put back; other than 0: the patch stays.
     pub pre_revert: Vec<String>,
-    /// After old code was put back.
+    /// `void f(void)`, after old code was put back.
     pub post_revert: Vec<String>,
 }
 

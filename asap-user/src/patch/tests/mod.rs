@@ -1,6 +1,6 @@
 //! Objects made by real compilers, linked at chosen places, and run in this process.
 
 mod harness;
-//H
+mod header;
 mod languages;
 mod prologues;
