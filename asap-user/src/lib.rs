@@ -5,6 +5,7 @@
 
 pub mod address;
 pub mod agent;
+pub mod cli;
 pub mod engine;
 pub mod fault;
 pub mod image;

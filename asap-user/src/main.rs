@@ -1,3 +1,7 @@
 //! The one binary: client and agent.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    asap::cli::main(Box::new(|_watchdog| Box::new(asap::engine::Engine::new())))
+}

@@ -21,7 +21,7 @@ const TAIL: u64 = 4 << 20;
 
 /// The audit log can't be used.
 #[derive(Debug, thiserror::Error)]
-#[error("the audit log {path} can't be used: {why}; choose another with --log")]
+#[error("the audit log {path} can't be used: {why}")]
 pub struct AuditError {
     /// The file.
     pub path: PathBuf,

@@ -3,66 +3,69 @@
 //! group is left as it is: what limits and accounts for the caller does so for the agent.
 
 use super::AgentOptions;
+use crate::report::Failure;
 use nix::{
     errno::Errno,
+    fcntl::OFlag,
     poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::signal::{SigSet, SigmaskHow, sigprocmask},
     unistd::{ForkResult, chdir, dup2_stderr, dup2_stdin, dup2_stdout, fork, pipe2, setsid},
 };
+use serde::Deserialize;
 use std::{
     fs::{File, OpenOptions},
     io::{self, Read, Write},
     os::{
         fd::AsFd,
-        unix::{fs::OpenOptionsExt, process::CommandExt},
+        linux::net::SocketAddrExt,
+        unix::{
+            ffi::OsStrExt,
+            fs::OpenOptionsExt,
+            net::{SocketAddr, UnixDatagram, UnixStream},
+            process::CommandExt,
+        },
     },
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
+/// What comes over the pipe when all is well; else a failure as JSON.
+const READY: &[u8] = b"+";
 /// How long a new agent may take to open its socket. It waits for one that is just ending, so this is more than that.
 const START_PATIENCE_MS: u16 = 15_000;
-
-/// No agent could be started.
-#[derive(Debug, thiserror::Error)]
-pub enum LaunchError {
-    /// The program could not be run again.
-    #[error("the agent can't be started: {0}")]
-    Run(#[source] io::Error),
-    /// It ran and said why it can't stay.
-    #[error("{0}")]
-    Refused(String),
-}
 
 /// Starts an agent in the background and waits until clients can connect. If another client is faster, its agent is used.
 ///
 /// # Errors
 /// The agent could not be run, or said why it can't stay.
-pub fn start(options: &AgentOptions) -> Result<(), LaunchError> {
+pub fn start(options: &AgentOptions) -> Result<(), Failure> {
+    let failed = |why: String| Failure::refused(why, "run `asap agent --verbose` to see what happens");
     let output = Command::new("/proc/self/exe")
         .arg0("asap")
-        .arg("agent")
-        .arg("--background")
-        .arg("--socket")
+        .args(["agent", "--background", "--json", "--socket"])
         .arg(&options.socket)
         .arg("--log")
         .arg(&options.log)
         .arg("--idle-exit")
         .arg(options.idle_exit.map_or_else(|| "0".to_owned(), |limit| format!("{}ms", limit.as_millis())))
         .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
         .output()
-        .map_err(LaunchError::Run)?;
+        .map_err(|error| failed(format!("the agent can't be started: {error}")))?;
     // Two clients that start an agent at the same time end with one: the loser's client talks to the winner's agent.
-    if output.status.success() || std::os::unix::net::UnixStream::connect(&options.socket).is_ok() {
+    if output.status.success() || UnixStream::connect(&options.socket).is_ok() {
         return Ok(());
     }
-    let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-    Err(LaunchError::Refused(if said.is_empty() {
-        format!("the agent ended at once ({})", output.status)
-    } else {
-        said
+    let refusal = serde_json::from_slice::<Refusal>(&output.stdout).map(|refusal| refusal.failed);
+    Err(refusal.unwrap_or_else(|_| {
+        let said = String::from_utf8_lossy(&output.stderr);
+        failed(format!("the agent ended at once ({}) {}", output.status, said.trim()))
     }))
+}
+
+/// How a command that fails says so with `--json`.
+#[derive(Deserialize)]
+struct Refusal {
+    failed: Failure,
 }
 
 /// Where a background agent's standard error goes: beside its audit log.
@@ -71,27 +74,40 @@ pub fn message_log(audit: &Path) -> PathBuf {
     audit.with_file_name("agent.log")
 }
 
+/// Which process this is, after [`detach`].
+#[derive(Debug)]
+pub enum Detached {
+    /// The one that was started; the agent has reported.
+    Starter(Result<(), Failure>),
+    /// The agent to be.
+    Agent(Herald),
+}
+
 /// The way by which a detached agent tells the process that was started whether it got going.
 #[derive(Debug)]
 pub struct Herald {
     pipe: File,
 }
 
-/// Detaches this process: returns in a new process of a new session, with nothing on its standard streams. The process that was
-/// started waits for [`Herald::ready`] or [`Herald::failed`], passes the news on, and ends.
+/// Detaches: returns as [`Detached::Agent`] in a new process of a new session with nothing on its standard streams, and as
+/// [`Detached::Starter`] in the process that was started, once the agent has said whether it got going.
 ///
-/// To be called while this is the only thread.
+/// To be called while this is the only thread and has no files open.
 ///
 /// # Errors
 /// No pipe or process was to be had.
-pub fn detach(message_log: &Path) -> io::Result<Herald> {
-    let (reader, writer) = pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
+pub fn detach(message_log: &Path) -> io::Result<Detached> {
+    // What the caller left open (a lock, a pipe) must not live as long as the agent.
+    // SAFETY: no descriptor of this program is open yet, says the contract.
+    unsafe { libc::close_range(3, u32::MAX, 0) };
+    let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
     // SAFETY: there is one thread, so the child may do what it likes.
     if let ForkResult::Parent { .. } = unsafe { fork() }? {
         drop(writer);
-        std::process::exit(pass_on(File::from(reader)));
+        return Ok(Detached::Starter(wait_for_news(File::from(reader))));
     }
     drop(reader);
+    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
     setsid()?;
     // Once more, so that the agent leads no session and can't be given a terminal.
     // SAFETY: as above.
@@ -110,24 +126,23 @@ pub fn detach(message_log: &Path) -> io::Result<Herald> {
         .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
         .open(message_log);
     dup2_stderr(messages.as_ref().unwrap_or(&null))?;
-    Ok(Herald { pipe: File::from(writer) })
+    Ok(Detached::Agent(Herald { pipe: File::from(writer) }))
 }
 
 impl Herald {
     /// Clients can connect.
     pub fn ready(mut self) {
-        let _ = self.pipe.write_all(b"+");
+        let _ = self.pipe.write_all(READY);
     }
 
-    /// The agent can't stay, because of `why`.
-    pub fn failed(mut self, why: &str) {
-        let _ = self.pipe.write_all(format!("-{why}\n").as_bytes());
+    /// The agent can't stay.
+    pub fn failed(mut self, failure: &Failure) {
+        let _ = serde_json::to_writer(&mut self.pipe, failure);
     }
 }
 
-/// Waits for news of the agent; the exit status to end with.
-fn pass_on(mut news: File) -> i32 {
-    let mut text = String::new();
+fn wait_for_news(mut news: File) -> Result<(), Failure> {
+    let failed = |why: String| Err(Failure::refused(why, "run `asap agent --verbose` to see what happens"));
     let waited = loop {
         match poll(&mut [PollFd::new(news.as_fd(), PollFlags::POLLIN)], PollTimeout::from(START_PATIENCE_MS)) {
             Err(Errno::EINTR) => {}
@@ -135,19 +150,28 @@ fn pass_on(mut news: File) -> i32 {
         }
     };
     if waited == Ok(0) {
-        eprintln!("the agent did not open its socket within {} s", START_PATIENCE_MS / 1000);
-        return 1;
+        return failed(format!("the agent did not open its socket within {} s", START_PATIENCE_MS / 1000));
     }
-    let _ = news.read_to_string(&mut text);
-    match text.strip_prefix('-') {
-        _ if text == "+" => 0,
-        Some(why) => {
-            eprint!("{why}");
-            1
-        }
-        None => {
-            eprintln!("the agent ended before it opened its socket");
-            1
-        }
+    let mut text = Vec::new();
+    let _ = news.read_to_end(&mut text);
+    if text == READY {
+        return Ok(());
+    }
+    match serde_json::from_slice(&text) {
+        Ok(failure) => Err(failure),
+        Err(_) => failed("the agent ended before it opened its socket".to_owned()),
+    }
+}
+
+/// Tells a service manager that clients can connect (sd_notify(3)), if there is one that wants to know.
+pub fn notify_service_manager() {
+    let Some(name) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let address = match name.as_bytes() {
+        [b'@', name @ ..] => SocketAddr::from_abstract_name(name),
+        _ => SocketAddr::from_pathname(&name),
+    };
+    let sent = address.and_then(|address| UnixDatagram::unbound()?.send_to_addr(b"READY=1", &address));
+    if let Err(error) = sent {
+        tracing::warn!(%error, "the service manager could not be told that the agent is ready");
     }
 }

@@ -37,7 +37,7 @@ pub fn prepare_directory(socket: &Path) -> Result<(), AgentError> {
     private_directory(parent(socket)).map_err(|(why, way_out)| AgentError::Directory {
         path: parent(socket).to_owned(),
         why,
-        way_out: way_out.to_owned(),
+        way_out,
     })
 }
 
@@ -153,8 +153,9 @@ mod tests {
         prepare_directory(&socket).expect("a new directory is private");
         prepare_directory(&socket).expect("and stays acceptable");
         fs::set_permissions(parent(&socket), Permissions::from_mode(0o755)).expect("chmod");
-        let refusal = prepare_directory(&socket).expect_err("open to others").to_string();
-        assert!(refusal.contains("mode 0755") && refusal.contains("chmod 0700"), "{refusal}");
+        let refusal = prepare_directory(&socket).expect_err("open to others");
+        assert!(refusal.to_string().contains("mode 0755"), "{refusal}");
+        assert!(refusal.way_out().contains("chmod 0700"), "{refusal:?}");
     }
 
     #[test]

@@ -1,0 +1,118 @@
+//! `asap patch`: options of a patch, and what became of it.
+
+use super::{
+    client::{Client, unexpected},
+    context::{Global, require_root},
+    files, report, values,
+};
+use crate::report::{Consistency, Failure, Mechanism, PatchReport, PatchRequest, Reply, Request};
+use std::{path::PathBuf, time::Duration};
+
+/// Replace functions of an attached target.
+///
+/// All functions in all processes of the target, or none. New code goes in at a moment when no thread is inside the old
+/// function, neither running there nor about to return there.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  asap patch --function ap_byterange_filter fix.o
+  asap patch --pid 1234 --function core.c:handler --name CVE-2026-1 --timeout 2min fix.o
+  asap patch --dry-run fix.o helper.o")]
+pub struct Patch {
+    #[command(flatten)]
+    options: PatchOptions,
+    /// Say what would happen and whether it could; change nothing.
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// What `patch` and `check` have in common.
+#[derive(Debug, clap::Args)]
+pub struct PatchOptions {
+    /// The attached target; may be left out when there is one only.
+    #[arg(long, short, value_name = "N", value_parser = clap::value_parser!(i32).range(1..))]
+    pid: Option<i32>,
+    /// Function to replace, by the function of that name in the files; `file.c:name` for one of several static functions.
+    /// May be given several times; may be left out when the files declare what they replace.
+    #[arg(long = "function", short, value_name = "NAME")]
+    functions: Vec<String>,
+    /// Which of several functions of one name: its address in the executable, as `asap` lists it.
+    #[arg(long, value_name = "ADDRESS", value_parser = values::address)]
+    address: Option<u64>,
+    /// Name of the patch, for list, revert and log; else that of the first file.
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// Give up when there was no moment without a thread inside the functions for so long.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = values::duration)]
+    timeout: Duration,
+    /// When new code may go in: when nobody is inside the old one, or at once (old calls then end in old code).
+    #[arg(long, value_enum, default_value_t)]
+    consistency: Consistency,
+    /// How calls reach the new code.
+    #[arg(long, value_enum, default_value_t)]
+    mechanism: Mechanism,
+    /// Object files (ELF, relocatable) with the new functions.
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+}
+
+impl Patch {
+    pub fn run(self, global: &Global) -> Result<(), Failure> {
+        self.options.run(global, "patch", self.dry_run)
+    }
+}
+
+impl PatchOptions {
+    /// Sends the request and shows the answer.
+    pub fn run(self, global: &Global, command: &str, dry_run: bool) -> Result<(), Failure> {
+        require_root(command)?;
+        let files = files::read(&self.files)?;
+        let request = Request::Patch(PatchRequest {
+            pid: self.pid,
+            functions: self.functions,
+            address: self.address,
+            files,
+            name: self.name,
+            dry_run,
+            timeout_ms: values::milliseconds(self.timeout),
+            consistency: self.consistency,
+            mechanism: self.mechanism,
+        });
+        let reply = Client::of_running_agent(&global.socket)?.ask(&request)?;
+        let Reply::Patched(report) = &reply else { return Err(unexpected(&reply)) };
+        global.show(&reply, || patched(report))
+    }
+}
+
+fn patched(report: &PatchReport) -> String {
+    let name = super::text::printable(&report.patch.name);
+    let took = super::text::microseconds(report.total_us);
+    let first = if report.dry_run {
+        format!("{name} would go in; nothing was changed ({took})\n")
+    } else {
+        format!("{name} is in as patch {}, {took} after the request\n", report.patch.id.0)
+    };
+    first + &report::patch_details(report)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patch_tells_what_went_in_and_what_it_cost() {
+        assert_eq!(
+            patched(&report::tests::patch_report()),
+            "\
+fix is in as patch 1, 12.3 ms after the request
+  FUNCTION             MODULE   OLD             NEW
+  ap_byterange_filter  apache2  0x55d0c0de1000  0x55d0a0000040
+  PROCESS  HOW                   TRIES  THREADS  STOPPED  LONGEST STOP  AT GATE  GATE CLOSED
+  1234     gate and stack walks  1      27       2        85 µs         3        120 µs
+  note: a note
+"
+        );
+        let dry = PatchReport { dry_run: true, ..report::tests::patch_report() };
+        assert!(patched(&dry).starts_with("fix would go in; nothing was changed (12.3 ms)\n"));
+    }
+}
