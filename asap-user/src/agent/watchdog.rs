@@ -206,6 +206,9 @@ fn watch(page: &Page, agent: Pid) -> io::Result<()> {
 
 /// Kills the agent and says so on its standard error.
 fn end_agent(page: &Page, deadline: u64, pidfd: &OwnedFd) -> io::Result<()> {
+    // Not to end together with the agent, before the message is out.
+    // SAFETY: a plain system call.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, 0) };
     // SAFETY: a plain system call on a descriptor of ours. SIGKILL also ends a stopped process.
     let result = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), libc::SIGKILL, 0, 0) };
     let mut name = [0; NAME];

@@ -83,7 +83,7 @@ mod tests {
         file.set_len(1 << 30).expect("a hole costs nothing");
         assert!(refusal(path.clone()).contains("has 1024 MiB"), "{}", refusal(path.clone()));
         file.set_len(40 << 20).expect("a smaller hole");
-        assert_eq!(read(&[path.clone()]).expect("fits alone").len(), 1);
+        assert_eq!(read(std::slice::from_ref(&path)).expect("fits alone").len(), 1);
         assert!(read(&[path.clone(), path]).is_err());
     }
 }
