@@ -129,6 +129,8 @@ impl Drop for Region {
 /// A patch in memory, ready to be called.
 pub(super) struct Loaded {
     pub patch: LinkedPatch,
+    /// Registered unwind table.
+    frames: Option<u64>,
     /// Keeps it mapped.
     _region: Region,
 }
@@ -163,10 +165,41 @@ pub(super) fn load(
     region.write(bases.data.0, &patch.data);
     region.protect(bases.code.0, patch.code.len(), libc::PROT_READ | libc::PROT_EXEC);
     region.protect(bases.rodata.0, patch.rodata.len(), libc::PROT_READ);
-    Ok(Loaded { patch, _region: region })
+    Ok(Loaded { patch, frames: None, _region: region })
+}
+
+type FrameFunction = unsafe extern "C" fn(u64);
+
+/// `__register_frame` or `__deregister_frame` of the unwinder that this process uses.
+fn frame_function(name: &str) -> FrameFunction {
+    let address = dynamic_symbol(name).unwrap_or_else(|| panic!("{name} is missing"));
+    // SAFETY: both are documented to be void (void *).
+    unsafe { std::mem::transmute::<usize, FrameFunction>(address as usize) }
+}
+
+impl Drop for Loaded {
+    fn drop(&mut self) {
+        if let Some(frames) = self.frames {
+            // SAFETY: was registered by `register_frames`, and is mapped until after this.
+            unsafe { frame_function("__deregister_frame")(frames) };
+        }
+    }
 }
 
 impl Loaded {
+    /// Lets exceptions pass through the patch.
+    pub fn register_frames(mut self) -> Self {
+        let table = self.patch.eh_frame.clone().expect("an unwind table");
+        let end = (table.end.0 - 4) as *const u32;
+        // SAFETY: within the mapped rodata; the table ends with a zero word, as the function wants it.
+        unsafe {
+            assert_eq!(end.read_unaligned(), 0, "the terminator");
+            frame_function("__register_frame")(table.start.0);
+        }
+        self.frames = Some(table.start.0);
+        self
+    }
+
     pub fn address(&self, name: &str) -> u64 {
         self.patch.symbol(name).unwrap_or_else(|| panic!("{name} is not in {:?}", self.patch.symbols)).address.0
     }

@@ -1,5 +1,6 @@
 //! Objects made by real compilers, linked at chosen places, and run in this process.
 
+mod cxx;
 mod harness;
 mod header;
 mod languages;

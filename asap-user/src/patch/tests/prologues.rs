@@ -135,6 +135,9 @@ fn entry_jumps_reach_two_gigabytes() {
     assert_eq!(entry_jump(from, from.offset(-0x8000_0001 + 5)), None);
 }
 
+/// What a function should compute.
+type Model = fn(i64) -> i64;
+
 /// Functions as compilers make them: every one that can be moved must still work when it was.
 #[test]
 fn entries_made_by_compilers_move() {
@@ -147,7 +150,7 @@ fn entries_made_by_compilers_move() {
         static volatile long total = 5; long add(long n) { return n + total; }
         double half(long n) { return n * 0.5; } long halves(long n) { return (long)(half(n) * 4); }
     ";
-    let expected: [(&str, fn(i64) -> i64); 5] = [
+    let expected: [(&str, Model); 5] = [
         ("fib", |n| (0..n).fold((0, 1), |(a, b), _| (b, a + b)).0),
         ("sum", |n| (0..n).map(|i| i * i).sum()),
         ("bits", |n| i64::from(n.count_ones())),
