@@ -5,3 +5,4 @@ mod harness;
 mod header;
 mod languages;
 mod prologues;
+mod thread_local;
