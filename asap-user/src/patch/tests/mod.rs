@@ -4,5 +4,7 @@ mod cxx;
 mod harness;
 mod header;
 mod languages;
+mod mutations;
 mod prologues;
+mod refusals;
 mod thread_local;
