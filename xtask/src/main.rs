@@ -2,11 +2,13 @@
 
 mod agent;
 mod apache;
+mod bench;
 mod command;
 mod demo;
 mod http;
 mod setup;
 mod test;
+mod workers;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -34,6 +36,17 @@ enum Task {
         #[arg(long)]
         json: bool,
     },
+    /// Measure.
+    Bench {
+        /// What to measure; everything if left out.
+        what: Option<bench::What>,
+        /// Print the figures as JSON.
+        #[arg(long)]
+        json: bool,
+        /// Rounds of each measurement; medians are printed.
+        #[arg(long, default_value_t = 5)]
+        rounds: usize,
+    },
 }
 
 fn main() -> ExitCode {
@@ -41,6 +54,7 @@ fn main() -> ExitCode {
         Task::Setup => setup::run(),
         Task::Test { filter } => test::run(filter.as_deref()),
         Task::Demo { json } => demo::run(json),
+        Task::Bench { what, json, rounds } => bench::run(what, json, rounds),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
