@@ -108,20 +108,27 @@ pub fn relocate(
         return Err(PrologueError::BranchIntoWindow { at: branch, to });
     }
 
-    let mut output =
-        Output { bytes: Vec::with_capacity(consumed + 64), destination, starts: Vec::new(), fixes: Vec::new() };
+    let mut output = Output {
+        bytes: Vec::with_capacity(consumed + 64),
+        destination,
+        starts: Vec::new(),
+        ended: false,
+        fixes: Vec::new(),
+    };
     let starts: Vec<u64> = window.iter().map(|(i, ..)| i.ip()).collect();
     for (instruction, bytes, offsets) in &window {
         output.starts.push(output.bytes.len());
         let displacement = offsets.has_displacement().then(|| offsets.displacement_offset());
         output.mov(instruction, bytes, displacement, at..end, &starts)?;
-    }
-    let falls_through = window.last().is_none_or(|(i, ..)| {
-        !matches!(i.flow_control(), FlowControl::Return | FlowControl::UnconditionalBranch | FlowControl::IndirectBranch)
+        output.ended = match instruction.flow_control() {
+            FlowControl::Return | FlowControl::UnconditionalBranch | FlowControl::IndirectBranch => true,
             // A moved call returns to the old code by itself.
-            && !matches!(i.flow_control(), FlowControl::Call | FlowControl::IndirectCall)
-    });
-    if falls_through {
+            FlowControl::Call | FlowControl::IndirectCall => true,
+            FlowControl::Interrupt => output.ended && instruction.code() == Code::Int3,
+            _ => false,
+        };
+    }
+    if !output.ended {
         output.jump(end.0);
     }
     output.resolve_fixes();
@@ -188,6 +195,8 @@ struct Output {
     destination: TargetAddr,
     /// Per instruction of the window: where its copy starts.
     starts: Vec<usize>,
+    /// The instruction before never reaches the next one.
+    ended: bool,
     /// rel32 fields to point to the copy of an instruction.
     fixes: Vec<(usize, usize)>,
 }
@@ -215,7 +224,8 @@ impl Output {
         let at = TargetAddr(instruction.ip());
         let immovable = |reason| PrologueError::Immovable { at, instruction: instruction.to_string(), reason };
         match instruction.code() {
-            Code::Int3 => return Err(PrologueError::Breakpoint { at }),
+            // Behind a return or jump it is padding.
+            Code::Int3 if !self.ended => return Err(PrologueError::Breakpoint { at }),
             Code::Xbegin_rel16 | Code::Xbegin_rel32 => return Err(immovable("it starts a transaction")),
             _ => {}
         }

@@ -3,7 +3,8 @@
 use super::harness::{Region, call, compile, compilers};
 use crate::address::TargetAddr;
 use crate::patch::prologue::{PrologueError, branches_into_window, entry_jump, relocate};
-use object::{Object, ObjectSection};
+use iced_x86::{Decoder, DecoderOptions, FlowControl};
+use object::{Object, ObjectSection, ObjectSymbol, SymbolKind};
 
 /// The .text of an assembler file.
 fn assemble(source: &str) -> Vec<u8> {
@@ -186,4 +187,51 @@ fn entries_made_by_compilers_move() {
         }
     }
     assert!(moved >= 40, "only {moved} of 50 entries could be moved");
+}
+
+/// libc is written by people who know every trick: nearly all of its functions can be moved, and what the moved
+/// instructions address is what the old ones did.
+#[test]
+fn entries_of_libc_move() {
+    let maps = std::fs::read_to_string("/proc/self/maps").expect("own maps");
+    let path = maps.lines().find_map(|l| l.split_whitespace().nth(5).filter(|p| p.contains("/libc.so"))).expect("libc");
+    let bytes = std::fs::read(path).expect("libc");
+    let file = object::File::parse(&*bytes).expect("an ELF file");
+    let text = file.section_by_name(".text").expect("text");
+    let (start, data) = (text.address(), text.data().expect("text"));
+    let (mut moved, mut refused) = (0, Vec::new());
+    for symbol in file.dynamic_symbols().filter(|s| s.is_definition() && s.kind() == SymbolKind::Text && s.size() >= 5)
+    {
+        let Some(offset) = symbol.address().checked_sub(start).map(|o| o as usize) else { continue };
+        let Some(code) = data.get(offset..offset + symbol.size() as usize) else { continue };
+        let destination = TargetAddr(0x1000_0000);
+        match relocate(code, TargetAddr(symbol.address()), 5, destination) {
+            Ok(entry) => {
+                moved += 1;
+                let old = addressed(&code[..entry.consumed], symbol.address());
+                let new = addressed(&entry.bytes, destination.0);
+                assert_eq!(new, old, "{}", symbol.name().unwrap_or_default());
+            }
+            Err(e) => refused.push(format!("{}: {e}", symbol.name().unwrap_or_default())),
+        }
+    }
+    assert!(moved > 1000 && refused.len() * 50 < moved, "{moved} moved; refused: {refused:#?}");
+}
+
+/// What instructions address relative to themselves, far jumps of the relocation excepted.
+fn addressed(code: &[u8], at: u64) -> Vec<u64> {
+    let decoder = Decoder::with_ip(64, code, at, DecoderOptions::NONE);
+    decoder
+        .into_iter()
+        .filter(|i| i.is_ip_rel_memory_operand() && i.flow_control() != FlowControl::IndirectBranch)
+        .map(|i| i.ip_rel_memory_address())
+        .collect()
+}
+
+#[test]
+fn padding_behind_a_short_function_gives_it_room() {
+    for padding in ["int3; int3; int3; int3", "nopl 0(%rax)", "nop; nop; nop; nop"] {
+        let code = assemble(&format!("lea 1(%rdi),%eax; ret; {padding}"));
+        assert_eq!(run_moved(&code, false, 41), Ok(42), "{padding}");
+    }
 }
