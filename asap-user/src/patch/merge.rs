@@ -87,7 +87,10 @@ impl Program {
                 if inputs[file].sections[section].kind == SectionKind::Unwind {
                     super::unwind::filter(&mut inputs[file], section, |input, relocation| {
                         match meanings[relocation.symbol] {
-                            Meaning::Section { section, .. } => input.sections[section].is_laid_out(),
+                            // A name may lead to the definition that another file brought: not this table's business.
+                            Meaning::Section { file: f, section, .. } => {
+                                f == file && input.sections[section].is_laid_out()
+                            }
                             _ => false,
                         }
                     })?;

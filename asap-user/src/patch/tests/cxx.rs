@@ -184,3 +184,37 @@ fn rust_objects_run() {
         assert_eq!(patch.call("absolute", -9), 9);
     }
 }
+
+#[test]
+fn unwind_records_of_repeated_functions_are_dropped() {
+    // As some assemblers write it: the record names the weak function itself, not its section.
+    let object = || {
+        let source = r#"
+            .section .text.f,"axG",@progbits,f,comdat
+            .weak f
+            .type f,@function
+            f: ret
+            .size f, .-f
+            .section .eh_frame,"a",@progbits
+            1: .long 3f-2f
+            2: .long 0
+            .byte 1
+            .asciz "zR"
+            .byte 1, 0x78, 16, 1, 0x1b, 0x0c, 7, 8, 0x90, 1, 0, 0
+            3: .long 5f-4f
+            4: .long 4b-1b
+            .long f-.
+            .long 1
+            .byte 0, 0, 0, 0
+            5:
+        "#;
+        compile("gcc", &[], "s", source)
+    };
+    let length = |count: usize| {
+        let object = read(vec![object(); count]).expect("an object");
+        let patch = load(&object, true, &[], Symbols::default()).expect("links").patch.eh_frame.clone();
+        patch.map(|t| t.end.wrapping_distance(t.start)).expect("an unwind table")
+    };
+    assert_eq!(length(1), 24 + 20 + 4);
+    assert_eq!(length(2), length(1), "the second one's records are gone");
+}
