@@ -148,6 +148,9 @@ fn add_replacement(
     if replaces.is_empty() {
         return Err(refuse("a replacement has an empty name".to_owned()));
     }
+    if all.replacements.len() >= RECORD_LIMIT {
+        return Err(refuse("there are more replacements than any patch needs".to_owned()));
+    }
     if let Some(other) = all.replacements.iter().find(|r| r.replaces == replaces) {
         if other.new_symbol == new_symbol {
             return Ok(());

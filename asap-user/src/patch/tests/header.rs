@@ -156,3 +156,17 @@ fn a_static_name_that_two_files_share_cant_be_a_replacement() {
     let error = read(vec![file(1), file(2)]).expect_err("refused");
     assert_eq!(error, PatchError::AmbiguousSymbol { symbol: "fix".to_owned() });
 }
+
+#[test]
+fn the_original_of_a_renamed_replacement_goes_by_the_replaced_name() {
+    let source = r#"
+        #include <asap-patch.h>
+        long fixed(long);
+        ASAP_REPLACES("parser.c:broken") long fixed(long n) { return ASAP_ORIGINAL(fixed)(n) + 1; }
+    "#;
+    for (compiler, extension) in [("gcc", "c"), ("g++", "cc")] {
+        let object = read(vec![compile(compiler, &["-O2", "-fPIC"], extension, source)]).expect("an object");
+        assert_eq!(object.originals(), ["parser.c:broken"], "{compiler}");
+        assert_eq!(object.imports(), [], "{compiler}");
+    }
+}

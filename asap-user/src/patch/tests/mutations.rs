@@ -6,7 +6,7 @@ use crate::patch::{Bases, Import, ImportKind, PatchObject, Resolution, Resolver,
 use std::panic::catch_unwind;
 
 /// Has everything.
-struct Everything;
+pub(super) struct Everything;
 
 impl Resolver for Everything {
     fn resolve(&self, import: &Import) -> Option<Resolution> {

@@ -131,3 +131,53 @@ fn bases_must_fit_the_layout() {
     let end = u64::MAX - 7;
     assert!(matches!(object.link(&base(0x1000, end), &symbols), Err(PatchError::Base { segment: "rodata", .. })));
 }
+
+/// The system's static libraries are thousands of objects that nobody wrote for this linker.
+#[test]
+fn objects_of_static_libraries_link_or_say_why_not() {
+    let library = |name: &str| {
+        let output = std::process::Command::new("gcc").arg(format!("-print-file-name={name}")).output().expect("gcc");
+        std::path::PathBuf::from(String::from_utf8(output.stdout).expect("a path").trim())
+    };
+    let (mut linked, mut surprises) = (0, Vec::new());
+    for name in ["libc.a", "libstdc++.a", "libgcc.a", "libgcc_eh.a"] {
+        let Ok(bytes) = std::fs::read(library(name)) else {
+            eprintln!("SKIPPED: {name} is not installed; its objects are not tested");
+            continue;
+        };
+        for (member, object) in archive_members(&bytes) {
+            let base =
+                Bases { code: TargetAddr(0x4000_0000), rodata: TargetAddr(0x4800_0000), data: TargetAddr(0x4c00_0000) };
+            let patch = PatchObject::read(&[(member, object)])
+                .and_then(|object| object.link(&base, &super::mutations::Everything));
+            match patch {
+                Ok(_) => linked += 1,
+                Err(
+                    PatchError::Constructor { .. }
+                    | PatchError::IndirectFunction { .. }
+                    | PatchError::ThreadLocalDefinition { .. },
+                ) => {}
+                Err(e) => surprises.push(format!("{name}: {e}")),
+            }
+        }
+    }
+    assert!(surprises.is_empty(), "{surprises:#?}");
+    assert!(linked > 50, "only {linked} objects were linked");
+}
+
+/// Members of a GNU archive, by name.
+fn archive_members(archive: &[u8]) -> Vec<(String, Vec<u8>)> {
+    let mut members = Vec::new();
+    let mut rest = archive.strip_prefix(b"!<arch>\n").unwrap_or(&[]);
+    while rest.len() > 60 {
+        let (header, data) = rest.split_at(60);
+        let field = |range: std::ops::Range<usize>| String::from_utf8_lossy(&header[range]).trim().to_owned();
+        let size: usize = field(48..58).parse().expect("a size");
+        let name = field(0..16);
+        if !matches!(&*name, "/" | "//" | "/SYM64/") {
+            members.push((name, data[..size].to_vec()));
+        }
+        rest = data.get(size.next_multiple_of(2)..).unwrap_or(&[]);
+    }
+    members
+}
