@@ -9,6 +9,7 @@ mod completions;
 mod context;
 mod detach;
 mod files;
+mod inspect;
 mod list;
 mod log;
 mod man;
@@ -72,6 +73,7 @@ enum Command {
     List(list::List),
     Revert(revert::Revert),
     Detach(detach::Detach),
+    Inspect(inspect::Inspect),
     Log(log::Log),
     Agent(agent::Agent),
     Stop(stop::Stop),
@@ -89,6 +91,7 @@ impl Command {
             Self::List(command) => command.run(global),
             Self::Revert(command) => command.run(global),
             Self::Detach(command) => command.run(global),
+            Self::Inspect(command) => command.run(global),
             Self::Log(command) => command.run(global),
             Self::Agent(command) => command.run(global, factory),
             Self::Stop(command) => command.run(global),

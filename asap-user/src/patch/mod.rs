@@ -27,7 +27,7 @@ pub use error::PatchError;
 
 use crate::address::TargetAddr;
 use input::{Binding, Input, Place, SectionKind, SymbolKind};
-use std::ops::Range;
+use std::{collections::BTreeMap, ops::Range};
 
 /// One or more object files, merged.
 #[derive(Clone, Debug)]
@@ -290,6 +290,17 @@ impl PatchObject {
     #[must_use]
     pub fn imports(&self) -> Vec<Import> {
         self.program.imports.clone()
+    }
+
+    /// The types of the relocations that are to be applied, and how often each occurs.
+    #[must_use]
+    pub fn relocations(&self) -> BTreeMap<String, usize> {
+        let sections = self.program.inputs.iter().flat_map(|input| &input.sections);
+        let mut counts = BTreeMap::new();
+        for relocation in sections.filter(|section| section.is_laid_out()).flat_map(|section| &section.relocations) {
+            *counts.entry(relocation::name(relocation.kind)).or_default() += 1;
+        }
+        counts
     }
 
     /// How much memory the patch needs.

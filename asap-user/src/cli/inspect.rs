@@ -1,0 +1,190 @@
+//! `asap inspect`: what is in a patch, without any target.
+
+use super::{
+    context::Global,
+    files,
+    text::{count, table},
+};
+use crate::{
+    image::demangle,
+    patch::{ImportKind, PatchObject},
+    report::Failure,
+};
+use serde::Serialize;
+use std::{collections::BTreeMap, path::PathBuf};
+
+/// Show what object files bring as a patch: functions, replacements, hooks, what they need from the target.
+///
+/// The files are read as one patch. No target and no agent is needed.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  asap inspect fix.o
+  asap inspect --json fix.o helper.o | jq '.needs[].name'")]
+pub struct Inspect {
+    /// Object files (ELF, relocatable).
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+}
+
+/// What is shown.
+#[derive(Debug, Default, PartialEq, Eq, Serialize)]
+struct Contents {
+    functions: Vec<Defined>,
+    variables: Vec<Defined>,
+    replaces: Vec<Replaces>,
+    calls_original: Vec<String>,
+    hooks: Vec<Hook>,
+    needs: Vec<Need>,
+    relocations: BTreeMap<String, usize>,
+    code_bytes: usize,
+    rodata_bytes: usize,
+    data_bytes: usize,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Defined {
+    name: String,
+    bytes: u64,
+    scope: &'static str,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Replaces {
+    replaces: String,
+    by: String,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Hook {
+    when: &'static str,
+    function: String,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Need {
+    name: String,
+    kind: &'static str,
+    file: Option<String>,
+}
+
+impl Inspect {
+    pub fn run(self, global: &Global) -> Result<(), Failure> {
+        let files: Vec<_> = files::read(&self.files)?.into_iter().map(|file| (file.name, file.bytes)).collect();
+        let object = PatchObject::read(&files).map_err(|error| Failure::refused(error.to_string(), String::new()))?;
+        let contents = Contents::of(&object);
+        global.show(&contents, || inspect(&contents))
+    }
+}
+
+impl Contents {
+    fn of(object: &PatchObject) -> Self {
+        let scope = |global: bool| if global { "global" } else { "static" };
+        let hooks = object.hooks();
+        let hooks = [
+            ("before apply", &hooks.pre_apply),
+            ("after apply", &hooks.post_apply),
+            ("before revert", &hooks.pre_revert),
+            ("after revert", &hooks.post_revert),
+        ];
+        let hooks = hooks.into_iter().flat_map(|(when, functions)| {
+            functions.iter().map(move |function| Hook { when, function: demangle(function) })
+        });
+        let needs = object.imports().into_iter().map(|import| {
+            let kind = match (import.kind, import.weak) {
+                (ImportKind::Tls, _) => "thread-local variable",
+                (ImportKind::Any, true) => "function or variable, if there is one",
+                (ImportKind::Any, false) => "function or variable",
+            };
+            Need { name: demangle(&import.name), kind, file: import.file }
+        });
+        let layout = object.layout();
+        let functions = object.functions().into_iter();
+        let variables = object.variables().into_iter();
+        let replaces = object.replacements().iter();
+        Self {
+            functions: functions
+                .map(|f| Defined { name: demangle(&f.name), bytes: f.size, scope: scope(f.global) })
+                .collect(),
+            variables: variables
+                .map(|v| Defined { name: demangle(&v.name), bytes: v.size, scope: scope(v.global) })
+                .collect(),
+            replaces: replaces
+                .map(|r| Replaces { replaces: r.replaces.clone(), by: demangle(&r.new_symbol) })
+                .collect(),
+            calls_original: object.originals(),
+            hooks: hooks.collect(),
+            needs: needs.collect(),
+            relocations: object.relocations(),
+            code_bytes: layout.code.size,
+            rodata_bytes: layout.rodata.size,
+            data_bytes: layout.data.size,
+        }
+    }
+}
+
+fn inspect(contents: &Contents) -> String {
+    let mut parts = vec![format!(
+        "{}; memory: {} bytes of code, {} of constants, {} of variables\n",
+        count(contents.functions.len(), "function", "functions"),
+        contents.code_bytes,
+        contents.rodata_bytes,
+        contents.data_bytes
+    )];
+    let mut section = |header: &[&str], rows: Vec<Vec<String>>| {
+        if !rows.is_empty() {
+            parts.push(table("  ", header, rows));
+        }
+    };
+    let defined = |all: &[Defined]| {
+        let row = |d: &Defined| vec![d.name.clone(), d.bytes.to_string(), d.scope.to_owned()];
+        all.iter().map(row).collect()
+    };
+    section(&["FUNCTION", "BYTES", "SCOPE"], defined(&contents.functions));
+    section(&["VARIABLE", "BYTES", "SCOPE"], defined(&contents.variables));
+    section(&["REPLACES", "BY"], contents.replaces.iter().map(|r| vec![r.replaces.clone(), r.by.clone()]).collect());
+    section(&["CALLS THE ORIGINAL OF"], contents.calls_original.iter().map(|name| vec![name.clone()]).collect());
+    section(
+        &["HOOK", "RUNS"],
+        contents.hooks.iter().map(|hook| vec![hook.function.clone(), hook.when.to_owned()]).collect(),
+    );
+    section(
+        &["NEEDS", "AS", "OF"],
+        contents
+            .needs
+            .iter()
+            .map(|need| vec![need.name.clone(), need.kind.to_owned(), need.file.clone().unwrap_or_default()])
+            .collect(),
+    );
+    section(
+        &["RELOCATION", "TIMES"],
+        contents.relocations.iter().map(|(name, times)| vec![name.clone(), times.to_string()]).collect(),
+    );
+    parts.concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_there_is_is_shown_and_nothing_else() {
+        let mut contents = Contents {
+            functions: vec![Defined { name: "f".to_owned(), bytes: 17, scope: "global" }],
+            code_bytes: 32,
+            ..Contents::default()
+        };
+        assert_eq!(
+            inspect(&contents),
+            "1 function; memory: 32 bytes of code, 0 of constants, 0 of variables\n  FUNCTION  BYTES  SCOPE\n  f         17     global\n"
+        );
+        contents.hooks.push(Hook { when: "before apply", function: "ready".to_owned() });
+        contents.needs.push(Need { name: "puts".to_owned(), kind: "function or variable", file: None });
+        contents.relocations.insert("R_X86_64_PC32".to_owned(), 3);
+        assert!(inspect(&contents).ends_with(
+            "  HOOK   RUNS\n  ready  before apply\n\
+             \x20 NEEDS  AS                    OF\n  puts   function or variable\n\
+             \x20 RELOCATION     TIMES\n  R_X86_64_PC32  3\n"
+        ));
+    }
+}
