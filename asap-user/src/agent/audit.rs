@@ -65,7 +65,7 @@ pub struct Record {
     pub pid: i32,
     /// attach, patch, check, revert, detach, stop.
     pub command: String,
-    /// Process asked about.
+    /// Process asked about, or the first one that was worked at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target: Option<i32>,
     /// Name or number of the patch.
@@ -216,6 +216,8 @@ impl Record {
         match reply {
             Reply::Attached(report) => self.target = Some(report.target.pid),
             Reply::Patched(report) | Reply::Reverted(report) => {
+                // Nobody need name the only target; its first process is told then.
+                self.target = self.target.or_else(|| report.processes.first().map(|process| process.pid));
                 self.patch = Some(shortened(&report.patch.name));
                 self.sha256 = Some(report.patch.sha256.clone());
                 self.functions = report.patch.functions.iter().map(|function| shortened(&function.name)).collect();
