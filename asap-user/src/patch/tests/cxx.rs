@@ -188,7 +188,9 @@ fn rust_objects_run() {
 #[test]
 fn unwind_records_of_repeated_functions_are_dropped() {
     // As some assemblers write it: the record names the weak function itself, not its section.
-    let object = || {
+    let object = |number: usize| {
+        // The sections of each object have other numbers.
+        let before: String = (0..number).map(|n| format!(".section .rodata.{n},\"a\"\n.byte 1\n")).collect();
         let source = r#"
             .section .text.f,"axG",@progbits,f,comdat
             .weak f
@@ -208,10 +210,10 @@ fn unwind_records_of_repeated_functions_are_dropped() {
             .byte 0, 0, 0, 0
             5:
         "#;
-        compile("gcc", &[], "s", source)
+        compile("gcc", &[], "s", &format!("{before}{source}"))
     };
     let length = |count: usize| {
-        let object = read(vec![object(); count]).expect("an object");
+        let object = read((0..count).map(object).collect()).expect("an object");
         let patch = load(&object, true, &[], Symbols::default()).expect("links").patch.eh_frame.clone();
         patch.map(|t| t.end.wrapping_distance(t.start)).expect("an unwind table")
     };
