@@ -13,3 +13,4 @@ pub mod patch;
 pub mod process;
 pub mod quiesce;
 pub mod report;
+pub mod watchdog;

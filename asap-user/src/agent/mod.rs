@@ -16,10 +16,11 @@ mod session;
 pub mod socket;
 #[cfg(test)]
 mod tests;
-pub mod watchdog;
 
 pub use error::AgentError;
 pub use server::run;
+
+pub use crate::watchdog;
 
 use crate::report::Operations;
 use std::{path::PathBuf, time::Duration};

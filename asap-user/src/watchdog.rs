@@ -1,5 +1,5 @@
 //! Ends the agent when a critical section takes too long, so that promise P1 frees the targets: a gate stays closed no longer
-//! than its guard allows, even if the agent hangs or is stopped.
+//! than its guard allows, even if the agent hangs or is stopped. The agent starts the watchdog, the engine opens the sections.
 //!
 //! The watchdog is a process, a child of the agent, because a thread would be stopped together with the agent. The two share
 //! one page; the agent writes deadlines there, the watchdog sleeps on a futex in it until the nearest one. At rest neither
@@ -260,7 +260,7 @@ mod tests {
     fn play(scene: &str) -> (Output, Duration) {
         let started = Instant::now();
         let output = Command::new(std::env::current_exe().expect("this program"))
-            .args(["--exact", "agent::watchdog::tests::scene", "--nocapture"])
+            .args(["--exact", "watchdog::tests::scene", "--nocapture"])
             .env("ASAP_TEST_SCENE", scene)
             .output()
             .expect("a second test process");
