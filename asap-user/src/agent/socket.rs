@@ -34,7 +34,7 @@ pub fn admits(uid: u32) -> bool {
 /// # Errors
 /// It can't be made, is a symbolic link, belongs to somebody else, or is open to others.
 pub fn prepare_directory(socket: &Path) -> Result<(), AgentError> {
-    private_directory(parent(socket)).map_err(|(why, way_out)| AgentError::Directory {
+    make(parent(socket)).and_then(|()| check_private(parent(socket))).map_err(|(why, way_out)| AgentError::Directory {
         path: parent(socket).to_owned(),
         why,
         way_out,
@@ -45,14 +45,27 @@ fn parent(socket: &Path) -> &Path {
     socket.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// The directory exists, is no link, is ours, and is closed to all others; made if it does not exist.
-fn private_directory(path: &Path) -> Result<(), (String, &'static str)> {
+/// What is wrong with a directory, and what to do.
+type Complaint = (String, &'static str);
+
+fn make(path: &Path) -> Result<(), Complaint> {
     match DirBuilder::new().mode(0o700).create(path) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-            return Err((error.to_string(), "make it (mode 0700), or choose another socket with --socket"));
+            Err((error.to_string(), "make it (mode 0700), or choose another socket with --socket"))
         }
-        _ => {}
+        _ => Ok(()),
     }
+}
+
+/// The directory of a socket, if it exists, is no link, is ours, and is closed to all others.
+///
+/// # Errors
+/// What is wrong with it, and what to do.
+pub fn check_directory(socket: &Path) -> Result<(), Complaint> {
+    if parent(socket).symlink_metadata().is_err() { Ok(()) } else { check_private(parent(socket)) }
+}
+
+fn check_private(path: &Path) -> Result<(), Complaint> {
     let facts =
         fs::symlink_metadata(path).map_err(|error| (error.to_string(), "choose another socket with --socket"))?;
     let us = nix::unistd::geteuid().as_raw();

@@ -66,6 +66,11 @@ impl Client {
         Self::connect(path)?.ok_or_else(no_agent)
     }
 
+    /// The agent's pid.
+    pub const fn agent(&self) -> i32 {
+        self.agent
+    }
+
     /// Sends a request and waits for its answer, showing steps meanwhile. A failure that the agent reports is an error here.
     pub fn ask(&mut self, request: &Request) -> Result<Reply, Failure> {
         let mut line = serde_json::to_vec(request).map_err(|error| broken(&error.into()))?;

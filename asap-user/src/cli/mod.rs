@@ -8,6 +8,7 @@ mod client;
 mod completions;
 mod context;
 mod detach;
+mod doctor;
 mod files;
 mod inspect;
 mod list;
@@ -73,6 +74,7 @@ enum Command {
     List(list::List),
     Revert(revert::Revert),
     Detach(detach::Detach),
+    Doctor(doctor::Doctor),
     Inspect(inspect::Inspect),
     Log(log::Log),
     Agent(agent::Agent),
@@ -91,6 +93,7 @@ impl Command {
             Self::List(command) => command.run(global),
             Self::Revert(command) => command.run(global),
             Self::Detach(command) => command.run(global),
+            Self::Doctor(command) => command.run(global),
             Self::Inspect(command) => command.run(global),
             Self::Log(command) => command.run(global),
             Self::Agent(command) => command.run(global, factory),
