@@ -3,7 +3,11 @@
 use serde_json::Value;
 use std::{
     fs,
-    os::unix::{fs::PermissionsExt, process::CommandExt},
+    io::Read,
+    os::unix::{
+        fs::PermissionsExt,
+        process::{CommandExt, ExitStatusExt},
+    },
     path::PathBuf,
     process::{Child, Command, Output, Stdio},
     thread,
@@ -309,4 +313,27 @@ fn completions_and_man_pages_are_made_for_every_command() {
     assert!(page.contains("timed out"), "exit codes are in it");
     assert!(directory.join("asap-patch.1").exists());
     assert_eq!(place.run(&["man", "/nonexistent"]).status.code(), Some(1));
+}
+
+#[test]
+fn an_interrupted_client_says_that_the_agent_goes_on() {
+    if !is_root() {
+        return;
+    }
+    let place = Place::new();
+    // An agent that takes requests and never answers.
+    fs::create_dir(place.dir.path().join("run")).expect("made");
+    let listener = std::os::unix::net::UnixListener::bind(place.socket()).expect("bound");
+    let client = place.command(&["detach"]).stderr(Stdio::piped()).spawn().expect("asap runs");
+    let (mut stream, _) = listener.accept().expect("it connects");
+    let mut first = [0];
+    stream.read_exact(&mut first).expect("it asks");
+    let pid = nix::unistd::Pid::from_raw(client.id().try_into().expect("a pid"));
+    thread::sleep(Duration::from_millis(100));
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).expect("it runs");
+    let output = client.wait_with_output().expect("it ends");
+    assert_eq!(output.status.signal(), Some(2), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("the agent goes on"), "{output:?}");
+    drop((stream, listener));
+    fs::remove_file(place.socket()).expect("removed");
 }

@@ -1,6 +1,6 @@
 //! The command line's side of the agent's socket.
 
-use super::{context::shown, progress::Progress};
+use super::{context::shown, interrupt, progress::Progress};
 use crate::{
     agent::{launch, socket},
     report::{Failure, FailureKind, Reply, Request, TargetState},
@@ -75,6 +75,9 @@ impl Client {
     pub fn ask(&mut self, request: &Request) -> Result<Reply, Failure> {
         let mut line = serde_json::to_vec(request).map_err(|error| broken(&error.into()))?;
         line.push(b'\n');
+        if !matches!(request, Request::Status(_) | Request::List(_)) {
+            interrupt::explain();
+        }
         let progress = Progress::start();
         // An agent that refuses a request while it is being sent has said why; so read on.
         let sent = self.stream.get_mut().write_all(&line);

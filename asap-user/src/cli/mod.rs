@@ -11,6 +11,7 @@ mod detach;
 mod doctor;
 mod files;
 mod inspect;
+mod interrupt;
 mod list;
 mod log;
 mod man;
