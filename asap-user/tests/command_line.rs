@@ -337,3 +337,40 @@ fn an_interrupted_client_says_that_the_agent_goes_on() {
     drop((stream, listener));
     fs::remove_file(place.socket()).expect("removed");
 }
+
+#[test]
+fn an_agent_that_is_terminated_while_it_waits_gives_up_and_harms_nobody() {
+    if !is_root() {
+        return;
+    }
+    let place = Place::new();
+    let file = |name: &str| place.dir.path().join(name).to_str().expect("ASCII").to_owned();
+    fs::write(
+        file("busy.c"),
+        "#include <unistd.h>\n\
+         __attribute__((noinline)) int busy(int x) { for (;;) usleep(1000); return x; }\n\
+         int main(void) { return busy(3); }\n",
+    )
+    .expect("written");
+    fs::write(file("fix.c"), "int busy(int x) { return x + 1; }\n").expect("written");
+    let compile =
+        |arguments: &[&str]| assert!(Command::new("gcc").args(arguments).status().expect("gcc runs").success());
+    compile(&["-O2", "-o", &file("busy"), &file("busy.c")]);
+    compile(&["-O2", "-c", "-o", &file("fix.o"), &file("fix.c")]);
+    let busy = Sleeper(Command::new(file("busy")).spawn().expect("it runs"));
+    let attached = place.run(&["attach", "--pid", &busy.pid()]);
+    assert!(attached.status.success(), "{attached:?}");
+    let agent = place.agent().expect("an agent runs");
+    let mut patch = place.command(&["patch", "--json", "--function", "busy", "--timeout", "60s", &file("fix.o")]);
+    let client = patch.stdout(Stdio::piped()).spawn().expect("asap runs");
+    thread::sleep(Duration::from_millis(500));
+    let begin = Instant::now();
+    assert!(Command::new("kill").arg(agent.to_string()).status().expect("kill runs").success());
+    let output = client.wait_with_output().expect("it ends");
+    assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    wait_until("the agent ends", || !runs(agent));
+    let again = place.run(&["attach", "--pid", &busy.pid()]);
+    assert!(again.status.success() && runs(busy.0.id().into()), "P1: {again:?}");
+    assert!(place.run(&["detach", "--revert"]).status.success());
+}

@@ -173,7 +173,9 @@ impl Worker {
             )));
             return Ok(());
         }
-        self.note(Some(describe(&request)));
+        let what = describe(&request);
+        tracing::info!(uid = client.uid, pid = client.pid, "{what}");
+        self.note(Some(what));
         let started = Instant::now();
         let mut tell = |step| drop(progress.try_send(step));
         let outcome = catch_unwind(AssertUnwindSafe(|| perform(&mut *self.operations, &request, &mut tell)));

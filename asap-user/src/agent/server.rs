@@ -28,7 +28,7 @@ use tokio::{
 /// Clients served at a time; more wait to be let in.
 const MAX_CLIENTS: usize = 32;
 /// How long a request in progress may take to end when the agent is told to.
-const GRACE: Duration = Duration::from_secs(5);
+const GRACE: Duration = Duration::from_secs(2);
 /// How long replies may take to get out then.
 const FLUSH: Duration = Duration::from_secs(1);
 

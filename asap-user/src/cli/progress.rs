@@ -46,7 +46,10 @@ impl Progress {
 
     /// The agent is at another step.
     pub fn step(&self, step: &report::Progress) {
-        let part = step.fraction.filter(|part| part.is_finite()).map(|part| format!(" ({:.0} %)", part * 100.0));
+        let part = step
+            .fraction
+            .filter(|part| *part > 0.0 && part.is_finite())
+            .map(|part| format!(" ({:.0} %)", part * 100.0));
         let words = format!("{}{}", printable(&step.step), part.unwrap_or_default());
         self.bar.lock().unwrap_or_else(PoisonError::into_inner).set_message(words);
     }
