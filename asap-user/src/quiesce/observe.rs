@@ -1,10 +1,16 @@
 //! Where the threads of a process are, found out while stopping as few of them as possible.
 //!
 //! A thread that sleeps in the kernel tells its stack and instruction pointer in `/proc/TID/syscall`; its stack can be read
-//! while it sleeps, and counts if it has not run meanwhile (`/proc/TID/schedstat`). What runs, or can't be unwound without
-//! more registers, is stopped for its own stack walk only.
+//! while it sleeps, and counts if it has not run meanwhile. Where there is a [`SnapshotSource`], it says the same of all
+//! threads at once, rbp included, also of those that wait for a processor. What runs, or can't be unwound without more
+//! registers, is stopped for its own stack walk only.
 
-use super::unwind::{StackWalk, Unwinder, WalkEnd, WalkRegisters};
+use super::{
+    asleep::{Epoch, TaskFolder},
+    snapshot::{self, SnapshotSource},
+    stack::StackReader,
+    unwind::{StackWalk, Unwinder, WalkEnd, WalkRegisters},
+};
 use crate::{
     address::TargetAddr,
     process::{
@@ -14,9 +20,8 @@ use crate::{
     },
 };
 use std::{
-    collections::HashMap,
-    fs::File,
-    io::Read,
+    collections::{HashMap, HashSet},
+    io,
     ops::Range,
     time::{Duration, Instant},
 };
@@ -57,6 +62,8 @@ pub enum Place {
 pub enum How {
     /// It slept, and slept on.
     Asleep,
+    /// It was off its processor, and stayed so.
+    Snapshot,
     /// It was stopped for so long.
     Stopped(Duration),
 }
@@ -72,75 +79,36 @@ pub struct Observation {
     pub frames: Vec<TargetAddr>,
     /// How that was found out.
     pub how: How,
-    /// As long as the thread's schedule statistics read so, it has not run since.
-    epoch: Option<Box<str>>,
+    /// As long as this holds, the thread has not run since.
+    held_by: Option<HeldBy>,
 }
 
-/// Words of stack that are read at once.
-const CHUNK: usize = 4096;
-
-/// A stack, read in pieces.
-struct StackReader<'a> {
-    memory: &'a Memory,
-    start: u64,
-    bytes: Vec<u8>,
+/// What shows that a thread has not run since it was observed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum HeldBy {
+    /// Its schedule statistics in `/proc`.
+    Proc(Epoch),
+    /// Its epoch in snapshots.
+    Snapshot(u64),
 }
 
-impl<'a> StackReader<'a> {
-    fn new(memory: &'a Memory, sp: u64) -> Self {
-        let mut reader = Self { memory, start: 0, bytes: Vec::new() };
-        reader.fill(sp);
-        reader
+impl Observation {
+    /// The first frame that lies inside one of `regions`: its index among the frames, 0 being where the thread is.
+    #[must_use]
+    pub fn frame_inside(&self, regions: &[Region]) -> Option<usize> {
+        let inside =
+            |(index, &frame): (usize, &TargetAddr)| regions.iter().any(|region| region.holds(frame, index == 0));
+        self.frames.iter().enumerate().position(inside)
     }
 
-    fn fill(&mut self, at: u64) {
-        // To the end of a page: the next one may not be mapped.
-        let start = at & !7;
-        let length = CHUNK - (start as usize & (CHUNK - 1));
-        self.bytes.resize(length, 0);
-        self.start = start;
-        if self.memory.read(TargetAddr(start), &mut self.bytes).is_err() {
-            self.bytes.clear();
-        }
-    }
-
-    fn word(&mut self, at: u64) -> Option<u64> {
-        for attempt in 0..2 {
-            let offset = at.wrapping_sub(self.start);
-            if let Some(bytes) = usize::try_from(offset).ok().and_then(|o| self.bytes.get(o..o.checked_add(8)?)) {
-                return bytes.try_into().ok().map(u64::from_le_bytes);
-            }
-            if attempt == 0 {
-                self.fill(at);
-            }
-        }
-        self.memory.word(TargetAddr(at)).ok()
+    fn unknown(tid: i32, reason: String) -> Self {
+        let (place, how) = (Place::Unknown(reason), How::Stopped(Duration::ZERO));
+        Self { tid, place, frames: Vec::new(), how, held_by: None }
     }
 }
 
-/// Reads a small file of `/proc` into `buffer`.
-fn read_proc<'b>(path: &str, buffer: &'b mut [u8; 512]) -> Option<&'b str> {
-    let mut file = File::open(path).ok()?;
-    let length = file.read(buffer).ok()?;
-    std::str::from_utf8(&buffer[..length]).ok()
-}
-
-fn epoch(pid: i32, tid: i32) -> Option<Box<str>> {
-    let mut buffer = [0; 512];
-    read_proc(&format!("/proc/{pid}/task/{tid}/schedstat"), &mut buffer).map(Into::into)
-}
-
-/// Instruction and stack pointer of a thread that sleeps in the kernel.
-fn sleeping_at(pid: i32, tid: i32) -> Option<(u64, u64)> {
-    let mut buffer = [0; 512];
-    let text = read_proc(&format!("/proc/{pid}/task/{tid}/syscall"), &mut buffer)?;
-    // "running", or a call's number and arguments, stack pointer, instruction pointer (proc_pid_syscall(5)).
-    let mut words = text.split_ascii_whitespace().rev();
-    let hex = |word: &str| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok();
-    let ip = hex(words.next()?)?;
-    let sp = hex(words.next()?)?;
-    Some((ip, sp))
-}
+/// Most times that the list of threads is read; a process that makes threads faster than they can be looked at is not known.
+const PASSES_MOST: usize = 64;
 
 fn judge(walk: StackWalk, regions: &[Region]) -> (Place, Vec<TargetAddr>) {
     let inside = regions
@@ -160,81 +128,161 @@ fn judge(walk: StackWalk, regions: &[Region]) -> (Place, Vec<TargetAddr>) {
 /// Observes threads of one process.
 pub struct Observer<'a> {
     pid: i32,
-    memory: &'a Memory,
+    stack: StackReader<'a>,
     unwinder: &'a mut Unwinder,
     regions: &'a [Region],
+    snapshots: Option<&'a mut dyn SnapshotSource>,
 }
 
 impl<'a> Observer<'a> {
     /// For the threads of `pid`.
     pub fn new(pid: i32, memory: &'a Memory, unwinder: &'a mut Unwinder, regions: &'a [Region]) -> Self {
-        Self { pid, memory, unwinder, regions }
+        Self { pid, stack: StackReader::new(memory), unwinder, regions, snapshots: None }
+    }
+
+    /// Looks at all threads at once first.
+    #[must_use]
+    pub fn with_snapshots(mut self, source: &'a mut dyn SnapshotSource) -> Self {
+        self.snapshots = Some(source);
+        self
     }
 
     /// All threads, among them those that are created meanwhile. `known` are earlier observations: they hold for threads
     /// that have not run since.
-    pub fn observe(&mut self, known: HashMap<i32, Observation>) -> std::io::Result<HashMap<i32, Observation>> {
-        let mut seen: HashMap<i32, Observation> = HashMap::new();
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn observe(&mut self, known: HashMap<i32, Observation>) -> io::Result<HashMap<i32, Observation>> {
         let mut known = known;
-        loop {
+        let mut folder = TaskFolder::open(self.pid)?;
+        let mut seen = self.by_snapshot(&mut known);
+        let mut dead = HashSet::new();
+        for _ in 0..PASSES_MOST {
+            let threads = info::threads(self.pid)?;
             let mut news = false;
-            for tid in info::threads(self.pid)? {
+            for &tid in &threads {
                 if seen.contains_key(&tid) {
                     continue;
                 }
+                // The first thread of a process stays in the list when it has ended before the others.
+                if dead.contains(&tid) && folder.is_dead(tid) {
+                    continue;
+                }
                 news = true;
-                let held = known.remove(&tid).filter(|old| {
-                    matches!(old.place, Place::Outside) && old.epoch.is_some() && old.epoch == epoch(self.pid, tid)
-                });
-                let observed = held.or_else(|| self.asleep(tid)).or_else(|| self.stopped(tid));
-                if let Some(observed) = observed {
-                    seen.insert(tid, observed);
+                let held = known.remove(&tid).filter(|old| Self::holds(old, &mut folder));
+                match held.or_else(|| self.asleep(tid, &mut folder)).or_else(|| self.stopped(tid)) {
+                    Some(observation) => {
+                        seen.insert(tid, observation);
+                    }
+                    None => {
+                        dead.insert(tid);
+                    }
                 }
             }
             // A thread that was not there is made by one that was seen before: look until nobody is new.
             if !news {
-                return Ok(seen);
-            }
-            if seen.is_empty() {
+                seen.retain(|tid, _| threads.binary_search(tid).is_ok());
                 return Ok(seen);
             }
         }
+        for tid in info::threads(self.pid)? {
+            let late = || Observation::unknown(tid, "threads come faster than they can be looked at".into());
+            seen.entry(tid).or_insert_with(late);
+        }
+        Ok(seen)
     }
 
-    fn asleep(&mut self, tid: i32) -> Option<Observation> {
-        let before = epoch(self.pid, tid)?;
-        let (ip, sp) = sleeping_at(self.pid, tid)?;
-        let mut stack = StackReader::new(self.memory, sp);
-        let walk = self.unwinder.walk(&WalkRegisters::bare(ip, sp), &mut |at| stack.word(at));
-        let (place, frames) = judge(walk, self.regions);
+    /// Whether an earlier observation is still true.
+    fn holds(old: &Observation, folder: &mut TaskFolder) -> bool {
+        let Some(HeldBy::Proc(epoch @ Epoch::Ran(_))) = old.held_by else { return false };
+        let Some(clock) = folder.clock(old.tid) else { return false };
+        folder.epoch(&clock) == Some(epoch)
+    }
+
+    /// What snapshots tell; nothing where there are none. Takes from `known` what still holds.
+    fn by_snapshot(&mut self, known: &mut HashMap<i32, Observation>) -> HashMap<i32, Observation> {
+        let mut seen = HashMap::new();
+        let Some(mut source) = self.snapshots.take() else { return seen };
+        // A snapshot that fails is no loss: the other ways remain.
+        if let Err(error) = self.take_snapshots(&mut source, known, &mut seen) {
+            tracing::debug!(pid = self.pid, %error, "no snapshot of the threads");
+        }
+        self.snapshots = Some(source);
+        seen
+    }
+
+    fn take_snapshots(
+        &mut self,
+        source: &mut &'a mut dyn SnapshotSource,
+        known: &mut HashMap<i32, Observation>,
+        seen: &mut HashMap<i32, Observation>,
+    ) -> io::Result<()> {
+        if known.values().any(|old| matches!(old.held_by, Some(HeldBy::Snapshot(_)))) {
+            let now = source.snapshot(self.pid, 0)?;
+            for task in now.iter().filter(|task| !task.on_cpu) {
+                let same = |old: &Observation| old.held_by == Some(HeldBy::Snapshot(task.epoch));
+                if known.get(&task.tid).is_some_and(same)
+                    && let Some(old) = known.remove(&task.tid)
+                {
+                    seen.insert(task.tid, old);
+                }
+            }
+            if now.iter().all(|task| seen.contains_key(&task.tid)) {
+                return Ok(());
+            }
+        }
+        let mut tasks = source.snapshot(self.pid, snapshot::STACK_BYTES)?;
+        tasks.retain(|task| !task.on_cpu && !seen.contains_key(&task.tid));
+        let mut places: HashMap<i32, _> =
+            tasks.iter().map(|task| (task.tid, self.walk(&task.registers, &task.stack))).collect();
+        let later = source.snapshot(self.pid, 0)?;
+        for task in snapshot::have_not_run(&tasks, &later) {
+            // What can't be walked may do better with all registers.
+            let Some((place, frames)) =
+                places.remove(&task.tid).filter(|(place, _)| !matches!(place, Place::Unknown(_)))
+            else {
+                continue;
+            };
+            let held_by = Some(HeldBy::Snapshot(task.epoch));
+            seen.insert(task.tid, Observation { tid: task.tid, place, frames, how: How::Snapshot, held_by });
+        }
+        Ok(())
+    }
+
+    fn walk(&mut self, registers: &WalkRegisters, copied: &[u8]) -> (Place, Vec<TargetAddr>) {
+        self.stack.start_at(registers.sp(), copied);
+        let stack = &mut self.stack;
+        judge(self.unwinder.walk(registers, &mut |at| stack.word(at)), self.regions)
+    }
+
+    fn asleep(&mut self, tid: i32, folder: &mut TaskFolder) -> Option<Observation> {
+        let clock = folder.clock(tid)?;
+        let before = folder.epoch(&clock)?;
+        let syscall = folder.file(tid, "syscall")?;
+        let (ip, sp) = folder.sleeping_at(&syscall)?;
+        let (place, frames) = self.walk(&WalkRegisters::bare(ip, sp), &[]);
         // More registers may help.
         if matches!(place, Place::Unknown(_)) {
             return None;
         }
-        (sleeping_at(self.pid, tid) == Some((ip, sp)) && epoch(self.pid, tid).as_ref() == Some(&before))
-            .then_some(Observation { tid, place, frames, how: How::Asleep, epoch: Some(before) })
+        let sleeps_on = matches!(before, Epoch::Ran(_)) || folder.sleeping_at(&syscall) == Some((ip, sp));
+        let slept = sleeps_on && folder.epoch(&clock) == Some(before);
+        slept.then_some(Observation { tid, place, frames, how: How::Asleep, held_by: Some(HeldBy::Proc(before)) })
     }
 
     /// `None`: the thread has ended.
     fn stopped(&mut self, tid: i32) -> Option<Observation> {
         let begin = Instant::now();
-        let unknown = |reason: String| Observation {
-            tid,
-            place: Place::Unknown(reason),
-            frames: Vec::new(),
-            how: How::Stopped(Duration::ZERO),
-            epoch: None,
-        };
         let thread = match Stopped::stop(tid) {
             Ok(thread) => thread,
             Err(TraceError::Gone(_)) => return None,
-            Err(error) => return Some(unknown(error.to_string())),
+            Err(error) => return Some(Observation::unknown(tid, error.to_string())),
         };
         let observed = self.walk_stopped(&thread);
         let released = thread.release();
         let how = How::Stopped(begin.elapsed());
         match (observed, released) {
-            (Some((place, frames)), Ok(())) => Some(Observation { tid, place, frames, how, epoch: None }),
+            (Some((place, frames)), Ok(())) => Some(Observation { tid, place, frames, how, held_by: None }),
             _ => None,
         }
     }
@@ -242,8 +290,6 @@ impl<'a> Observer<'a> {
     /// The stack of a thread that is stopped already.
     pub fn walk_stopped(&mut self, thread: &Stopped) -> Option<(Place, Vec<TargetAddr>)> {
         let registers = thread.registers().ok()?;
-        let mut stack = StackReader::new(self.memory, registers.rsp);
-        let walk = self.unwinder.walk(&WalkRegisters::of(&registers), &mut |at| stack.word(at));
-        Some(judge(walk, self.regions))
+        Some(self.walk(&WalkRegisters::of(&registers), &[]))
     }
 }

@@ -2,6 +2,7 @@
 //! so, for then the thread counts as inside (P3). Libraries made for profilers fall back on frame pointers there, which is
 //! why this one evaluates the tables (gimli) itself.
 
+use super::signal_frame;
 use crate::{
     address::{LoadBias, TargetAddr},
     image::{Image, UnwindSections},
@@ -43,6 +44,11 @@ impl WalkRegisters {
             r.r15,
         ];
         Self { ip: r.rip, values: all.map(Some) }
+    }
+
+    /// Of which all is known: rip, and the general registers in DWARF order.
+    pub(super) fn all(ip: u64, general: [u64; REGISTERS]) -> Self {
+        Self { ip, values: general.map(Some) }
     }
 
     /// With what else is known of the registers that functions preserve.
@@ -90,13 +96,21 @@ const FRAMES_MOST: usize = 8192;
 #[derive(Clone, Copy, Debug)]
 struct Row {
     cfa: (u16, i64),
-    /// Offsets from the CFA of what was saved there, by register.
-    saved: [Option<i64>; REGISTERS],
-    /// Registers whose value is lost.
-    lost: u16,
+    /// What became of the preserved registers; of all others the value is lost.
+    preserved: [Preserved; PRESERVED.len()],
     /// Offset of the return address from the CFA; `None` at the bottom of a stack.
     return_address: Option<i64>,
-    signal: bool,
+}
+
+/// Where a function leaves a register that it has to give back.
+#[derive(Clone, Copy, Debug)]
+enum Preserved {
+    /// In the register.
+    Kept,
+    /// At an offset from the CFA.
+    Saved(i64),
+    /// Nowhere.
+    Lost,
 }
 
 #[derive(Clone)]
@@ -120,8 +134,23 @@ struct Covered {
 #[derive(Default)]
 pub struct Unwinder {
     modules: Vec<Covered>,
-    rows: HashMap<u64, Option<Row>>,
+    steps: HashMap<u64, Step>,
+    returns: HashMap<u64, Step>,
 }
+
+/// How to get from a frame to the one that called it.
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    /// By a row of the usual kind.
+    Simple(Row),
+    /// By a row with expressions.
+    General,
+    /// It is the trampoline of a signal frame: by the frame that the kernel wrote.
+    SignalFrame,
+}
+
+/// Most remembered steps of each kind; then all are forgotten.
+const STEPS_MOST: usize = 1 << 16;
 
 type Reader<'a> = EndianSlice<'a, LittleEndian>;
 
@@ -146,7 +175,18 @@ impl Unwinder {
         let range = range.start.0..range.end.0;
         let at = self.modules.partition_point(|module| module.range.start < range.start);
         self.modules.insert(at, Covered { range, bias, tables });
-        self.rows.clear();
+        self.forget_steps();
+    }
+
+    /// Removes the code that begins at `start`.
+    pub fn remove(&mut self, start: TargetAddr) {
+        self.modules.retain(|module| module.range.start != start.0);
+        self.forget_steps();
+    }
+
+    fn forget_steps(&mut self) {
+        self.steps.clear();
+        self.returns.clear();
     }
 
     /// Walks a stack. `read` gives the word at an address of the target.
@@ -158,10 +198,8 @@ impl Unwinder {
             if frames.len() >= FRAMES_MOST {
                 break WalkEnd::Truncated("too many frames");
             }
-            // A return address may lie behind its function's last instruction, the call: look one byte before it.
-            let at = if exact { registers.ip } else { registers.ip.wrapping_sub(1) };
             let sp = registers.values[RSP];
-            let was_signal = match self.step(at, &mut registers, read) {
+            let was_signal = match self.step(exact, &mut registers, read) {
                 Ok(Some(signal)) => signal,
                 Ok(None) => break WalkEnd::Complete,
                 Err(reason) => break WalkEnd::Truncated(reason),
@@ -179,31 +217,75 @@ impl Unwinder {
         StackWalk { frames, end }
     }
 
+    /// From a frame to its caller; `None` at the bottom of the stack. Says whether the frame left was a signal frame.
     fn step(
         &mut self,
-        at: u64,
+        exact: bool,
         registers: &mut WalkRegisters,
         read: &mut dyn FnMut(u64) -> Option<u64>,
     ) -> Result<Option<bool>, &'static str> {
-        let known = match self.rows.get(&at) {
-            Some(known) => *known,
+        // A return address may lie behind its function's last instruction, the call: look one byte before it.
+        let at = if exact { registers.ip } else { registers.ip.wrapping_sub(1) };
+        let known = if exact { &self.steps } else { &self.returns };
+        let step = match known.get(&registers.ip) {
+            Some(step) => *step,
             None => {
-                let row = self.lookup(at, simple)?;
-                self.rows.insert(at, row);
-                row
+                let step = self.find_step(at, registers.ip, read)?;
+                let known = if exact { &mut self.steps } else { &mut self.returns };
+                if known.len() >= STEPS_MOST {
+                    known.clear();
+                }
+                known.insert(registers.ip, step);
+                step
             }
         };
-        match known {
-            Some(row) => step_simple(&row, registers, read),
-            None => self.step_general(at, registers, read),
+        match step {
+            Step::Simple(row) => step_simple(&row, registers, read),
+            Step::General => self.step_general(at, registers, read),
+            Step::SignalFrame => {
+                let interrupted = signal_frame::interrupted(registers.sp(), read);
+                *registers = interrupted.ok_or("the signal frame can't be read")?;
+                Ok(Some(true))
+            }
         }
+    }
+
+    fn find_step(&self, at: u64, ip: u64, read: &mut dyn FnMut(u64) -> Option<u64>) -> Result<Step, &'static str> {
+        // First by its bytes: unwind tables of trampolines are rare, and some of the function before cover them wrongly.
+        if self.is_signal_trampoline(ip, read) {
+            return Ok(Step::SignalFrame);
+        }
+        Ok(self.lookup(at, simple)?.map_or(Step::General, Step::Simple))
+    }
+
+    fn is_signal_trampoline(&self, ip: u64, read: &mut dyn FnMut(u64) -> Option<u64>) -> bool {
+        if let Some(module) = self.module_at(ip)
+            && let Tables::Image(image) = &module.tables
+        {
+            // From the file: the target's text may hold a gate.
+            let (text_at, text) = image.unwind().text.unwrap_or_default();
+            let offset = ip.wrapping_sub(module.bias).wrapping_sub(text_at.0);
+            let code = usize::try_from(offset).ok().and_then(|offset| text.get(offset..));
+            return code.is_some_and(signal_frame::is_trampoline);
+        }
+        let mut code = [0; 16];
+        for (index, word) in code.chunks_exact_mut(8).enumerate() {
+            match read(ip.wrapping_add(8 * index as u64)) {
+                Some(value) => word.copy_from_slice(&value.to_le_bytes()),
+                None => break,
+            }
+        }
+        signal_frame::is_trampoline(&code)
+    }
+
+    fn module_at(&self, at: u64) -> Option<&Covered> {
+        let index = self.modules.partition_point(|module| module.range.start <= at);
+        self.modules[..index].last().filter(|module| module.range.contains(&at))
     }
 
     /// Finds the row for `at` and hands it to `then`, with what is needed to evaluate its expressions.
     fn lookup<T>(&self, at: u64, then: impl FnOnce(&Found<'_, '_>) -> T) -> Result<T, &'static str> {
-        let index = self.modules.partition_point(|module| module.range.start <= at);
-        let module = self.modules[..index].last().filter(|module| module.range.contains(&at));
-        let module = module.ok_or("it leads outside all known code")?;
+        let module = self.module_at(at).ok_or("it leads outside all known code")?;
         let local = at.wrapping_sub(module.bias);
         let (bases, frames, header) = match &module.tables {
             Tables::Image(image) => {
@@ -353,7 +435,7 @@ impl Found<'_, '_> {
 fn simple(found: &Found<'_, '_>) -> Option<Row> {
     let CfaRule::RegisterAndOffset { register, offset } = *found.row.cfa() else { return None };
     let mut row =
-        Row { cfa: (register.0, offset), saved: [None; REGISTERS], lost: 0, return_address: None, signal: false };
+        Row { cfa: (register.0, offset), preserved: [Preserved::Kept; PRESERVED.len()], return_address: None };
     if found.signal || usize::from(register.0) >= REGISTERS {
         return None;
     }
@@ -362,13 +444,18 @@ fn simple(found: &Found<'_, '_>) -> Option<Row> {
         Some(RegisterRule::Offset(offset)) => row.return_address = Some(offset),
         _ => return None,
     }
-    for index in (0..REGISTERS).filter(|&index| index != RSP) {
-        match found.row.register(Register(index as u16)) {
-            None if PRESERVED.contains(&index) => {}
-            None | Some(RegisterRule::Undefined) => row.lost |= 1 << index,
-            Some(RegisterRule::SameValue) => {}
-            Some(RegisterRule::Offset(offset)) => row.saved[index] = Some(offset),
+    for (preserved, index) in row.preserved.iter_mut().zip(PRESERVED) {
+        *preserved = match found.row.register(Register(index as u16)) {
+            None | Some(RegisterRule::SameValue) => Preserved::Kept,
+            Some(RegisterRule::Offset(offset)) => Preserved::Saved(offset),
+            Some(RegisterRule::Undefined) => Preserved::Lost,
             _ => return None,
+        };
+    }
+    let others = (0..REGISTERS).filter(|index| *index != RSP && !PRESERVED.contains(index));
+    for index in others {
+        if !matches!(found.row.register(Register(index as u16)), None | Some(RegisterRule::Undefined)) {
+            return None;
         }
     }
     found.row.register(X86_64::RSP).is_none().then_some(row)
@@ -384,15 +471,15 @@ fn step_simple(
     let cfa = base.wrapping_add_signed(row.cfa.1);
     let mut word = |offset: i64| read(cfa.wrapping_add_signed(offset)).ok_or("the stack can't be read");
     let ip = word(return_address)?;
-    let mut new = registers.values;
-    for (index, value) in new.iter_mut().enumerate() {
-        if let Some(offset) = row.saved[index] {
-            *value = Some(word(offset)?);
-        } else if row.lost & (1 << index) != 0 {
-            *value = None;
-        }
+    let mut new = [None; REGISTERS];
+    for (preserved, index) in row.preserved.iter().zip(PRESERVED) {
+        new[index] = match *preserved {
+            Preserved::Kept => registers.values[index],
+            Preserved::Saved(offset) => Some(word(offset)?),
+            Preserved::Lost => None,
+        };
     }
     new[RSP] = Some(cfa);
     *registers = WalkRegisters { ip, values: new };
-    Ok(Some(row.signal))
+    Ok(Some(false))
 }

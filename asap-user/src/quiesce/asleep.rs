@@ -1,0 +1,182 @@
+//! What `/proc` tells of a thread that sleeps in the kernel: its stack and instruction pointer, and a number that changes
+//! whenever it runs. Not for threads that run: their registers are known to nobody.
+
+use nix::{
+    fcntl::{OFlag, openat},
+    sys::stat::Mode,
+};
+use std::{
+    fmt::Write,
+    fs::File,
+    io,
+    os::unix::{fs::FileExt, fs::OpenOptionsExt},
+};
+
+/// The folder `/proc/PID/task`, held open: the files of its threads are found without walking the whole path each time.
+pub(super) struct TaskFolder {
+    folder: File,
+    path: String,
+    buffer: [u8; 2048],
+}
+
+/// As long as a thread's epoch is the same, it has not run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Epoch {
+    /// From `schedstat`: nanoseconds on a processor, and how many times it got one. The second grows when a thread is given a
+    /// processor (kernel/sched/stats.h, sched_info_arrive), so this holds by itself.
+    Ran([u64; 2]),
+    /// From `status`, on kernels without schedule statistics: context switches. They grow when a thread is taken off its
+    /// processor, so this holds only for a thread that is seen asleep both times.
+    Switched([u64; 2]),
+}
+
+impl TaskFolder {
+    pub(super) fn open(pid: i32) -> io::Result<Self> {
+        let folder = File::options()
+            .read(true)
+            .custom_flags(libc::O_DIRECTORY | libc::O_CLOEXEC)
+            .open(format!("/proc/{pid}/task"))?;
+        Ok(Self { folder, path: String::with_capacity(32), buffer: [0; 2048] })
+    }
+
+    /// `name` of thread `tid`; `None` if the thread has ended.
+    pub(super) fn file(&mut self, tid: i32, name: &str) -> Option<File> {
+        self.path.clear();
+        write!(self.path, "{tid}/{name}").ok()?;
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+        Some(File::from(openat(&self.folder, self.path.as_str(), flags, Mode::empty()).ok()?))
+    }
+
+    /// What a file of `/proc` says now; it may be read again and again.
+    fn text(&mut self, file: &File) -> Option<&str> {
+        let length = file.read_at(&mut self.buffer, 0).ok()?;
+        std::str::from_utf8(&self.buffer[..length]).ok()
+    }
+
+    /// Whether the thread has ended and is only kept for its parent.
+    pub(super) fn is_dead(&mut self, tid: i32) -> bool {
+        let Some(file) = self.file(tid, "stat") else { return true };
+        // The name in parentheses may hold anything (proc_pid_stat(5)).
+        let state = self.text(&file).and_then(|text| text.rsplit_once(')')?.1.trim_start().chars().next());
+        matches!(state, None | Some('Z' | 'X'))
+    }
+
+    /// Opens what tells whether `tid` has run.
+    pub(super) fn clock(&mut self, tid: i32) -> Option<Clock> {
+        if let Some(schedstat) = self.file(tid, "schedstat") {
+            let clock = Clock { file: schedstat, kind: ClockKind::Ran };
+            if self.epoch(&clock).is_some() {
+                return Some(clock);
+            }
+        }
+        Some(Clock { file: self.file(tid, "status")?, kind: ClockKind::Switched })
+    }
+
+    /// What `clock` says now.
+    pub(super) fn epoch(&mut self, clock: &Clock) -> Option<Epoch> {
+        let kind = clock.kind;
+        let text = self.text(&clock.file)?;
+        match kind {
+            ClockKind::Ran => parse_schedstat(text),
+            ClockKind::Switched => parse_status(text),
+        }
+    }
+
+    /// Instruction and stack pointer of a thread that sleeps, from its file `syscall`.
+    pub(super) fn sleeping_at(&mut self, syscall: &File) -> Option<(u64, u64)> {
+        parse_syscall(self.text(syscall)?)
+    }
+}
+
+/// An open file that tells whether a thread has run.
+pub(super) struct Clock {
+    file: File,
+    kind: ClockKind,
+}
+
+#[derive(Clone, Copy)]
+enum ClockKind {
+    Ran,
+    Switched,
+}
+
+fn parse_schedstat(text: &str) -> Option<Epoch> {
+    let mut numbers = text.split_ascii_whitespace().map(|word| word.parse::<u64>().ok());
+    let (ran, _waited, times) = (numbers.next()??, numbers.next()??, numbers.next()??);
+    // Without schedule statistics the kernel writes zeros; no thread that can be seen has never had a processor.
+    (times > 0).then_some(Epoch::Ran([ran, times]))
+}
+
+fn parse_status(text: &str) -> Option<Epoch> {
+    let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<u64>().ok());
+    Some(Epoch::Switched([field("voluntary_ctxt_switches:")?, field("nonvoluntary_ctxt_switches:")?]))
+}
+
+/// "running"; or a call's number and arguments, stack pointer, instruction pointer (proc_pid_syscall(5)).
+fn parse_syscall(text: &str) -> Option<(u64, u64)> {
+    let mut words = text.split_ascii_whitespace().rev();
+    let hex = |word: &str| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok();
+    let ip = hex(words.next()?)?;
+    let sp = hex(words.next()?)?;
+    // A thread that is about to vanish has no registers any more, and says 0.
+    (ip != 0 && sp != 0).then_some((ip, sp))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sleeping_thread_tells_its_pointers() {
+        let call = "232 0x4 0x7ffd00000000 0x20 0xffffffff 0x0 0x0 0x7ffd3a0d8b10 0x7f52d51139e6\n";
+        assert_eq!(parse_syscall(call), Some((0x7f52_d511_39e6, 0x7ffd_3a0d_8b10)));
+        assert_eq!(parse_syscall("-1 0x7ffd3a0d8b10 0x401136\n"), Some((0x40_1136, 0x7ffd_3a0d_8b10)));
+        for nothing in ["running\n", "", "-1 0x0 0x0\n", "0x1\n", "7 zz yy\n"] {
+            assert_eq!(parse_syscall(nothing), None, "{nothing:?}");
+        }
+    }
+
+    #[test]
+    fn a_kernel_without_statistics_is_not_believed() {
+        assert_eq!(parse_schedstat("1200 7 3\n"), Some(Epoch::Ran([1200, 3])));
+        assert_eq!(parse_schedstat("0 0 0\n"), None);
+        assert_eq!(parse_schedstat("1 2\n"), None);
+        let status = "Name:\tx\nvoluntary_ctxt_switches:\t12\nnonvoluntary_ctxt_switches:\t3\n";
+        assert_eq!(parse_status(status), Some(Epoch::Switched([12, 3])));
+    }
+
+    #[test]
+    fn an_epoch_changes_when_its_thread_runs_and_not_before() {
+        let (tell, told) = std::sync::mpsc::channel();
+        let (wake, woken) = std::sync::mpsc::channel::<()>();
+        let thread = std::thread::spawn(move || {
+            // SAFETY: no memory is involved.
+            tell.send(unsafe { libc::gettid() }).expect("the test listens");
+            while woken.recv().is_ok() {}
+        });
+        let tid = told.recv().expect("the thread tells");
+        let pid = i32::try_from(std::process::id()).expect("pids fit i32");
+        let mut folder = TaskFolder::open(pid).expect("own threads");
+        let clock = folder.clock(tid).expect("alive");
+        let status = Clock { file: folder.file(tid, "status").expect("alive"), kind: ClockKind::Switched };
+        let syscall = folder.file(tid, "syscall").expect("alive");
+        while folder.sleeping_at(&syscall).is_none() {
+            std::thread::yield_now();
+        }
+        let (before, switches) = (folder.epoch(&clock), folder.epoch(&status));
+        assert!(before.is_some() && switches.is_some());
+        std::thread::sleep(std::time::Duration::from_millis(5));
+        assert_eq!((folder.epoch(&clock), folder.epoch(&status)), (before, switches), "it slept on");
+        wake.send(()).expect("the thread listens");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+        while folder.sleeping_at(&syscall).is_none() {
+            std::thread::yield_now();
+        }
+        assert_ne!(folder.epoch(&clock), before);
+        assert_ne!(folder.epoch(&status), switches);
+        assert!(!folder.is_dead(tid));
+        drop(wake);
+        thread.join().expect("it ends");
+        assert!(folder.is_dead(tid));
+    }
+}
