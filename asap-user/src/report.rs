@@ -395,10 +395,6 @@ pub trait Operations {
     fn detach(&mut self, request: &DetachRequest, progress: &mut dyn FnMut(Progress)) -> Result<DetachReport, Failure>;
     /// Tells what is attached.
     fn status(&mut self, request: &StatusRequest) -> Result<StatusReport, Failure>;
-    /// Is anything attached? Asked after each request and every few seconds.
-    fn attached(&mut self) -> bool {
-        self.status(&StatusRequest::default()).is_ok_and(|report| !report.targets.is_empty())
-    }
     /// Looks after the targets between requests (children that were forked, processes that ended). Called about every
     /// 200 ms while anything is attached, and not at all otherwise.
     fn housekeeping(&mut self);

@@ -6,13 +6,15 @@ use super::{
     audit::{AuditLog, Client, Record},
     watchdog::Watchdog,
 };
-use crate::report::{Failure, FailureKind, Operations, Progress, Reply, Request, TargetState};
+use crate::report::{
+    Failure, FailureKind, Operations, Progress, Reply, Request, StatusReport, StatusRequest, TargetState,
+};
 use nix::sys::signal::{SigSet, Signal};
 use std::{
     io,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
         mpsc,
     },
@@ -52,6 +54,8 @@ enum Message {
 #[derive(Default)]
 struct Shared {
     busy_with: Mutex<Option<String>>,
+    /// The last census.
+    status: Mutex<Option<StatusReport>>,
     ending: AtomicBool,
 }
 
@@ -77,7 +81,22 @@ impl EngineQueue {
 
     /// What the engine is at now, for a person.
     pub fn busy_with(&self) -> Option<String> {
-        self.shared.busy_with.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.shared.busy_with).clone()
+    }
+
+    /// If the engine is busy: what was attached before it began, with a note of what it is at. A patch may have to wait for
+    /// long, and who asks for the status then wants to know just that.
+    pub fn status_while_busy(&self, request: &StatusRequest) -> Option<StatusReport> {
+        let busy_with = self.busy_with()?;
+        let mut report = lock(&self.shared.status).clone()?;
+        if let Some(pid) = request.pid {
+            report.targets.retain(|target| target.pid == pid);
+        }
+        for target in &mut report.targets {
+            target.notes.push(format!("as it was before the agent began to work at: {busy_with}"));
+        }
+        // Without a target the note has no place; the engine's own answer is worth waiting for then.
+        (!report.targets.is_empty()).then_some(report)
     }
 }
 
@@ -114,6 +133,11 @@ pub(super) fn start(
 fn leave_signals_to_the_runtime() {
     let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT].into_iter().collect();
     let _ = signals.thread_block();
+}
+
+/// Plain values, complete at any time: a panic elsewhere does not spoil them.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 struct Worker {
@@ -158,7 +182,9 @@ impl Worker {
     }
 
     fn take_census(&mut self) {
-        let now = self.operations.attached();
+        let report = self.operations.status(&StatusRequest::default()).ok();
+        let now = report.as_ref().is_some_and(|report| !report.targets.is_empty());
+        *lock(&self.shared.status) = report;
         self.attached.send_if_modified(|attached| std::mem::replace(attached, now) != now);
     }
 
@@ -202,7 +228,7 @@ impl Worker {
     }
 
     fn note(&self, what: Option<String>) {
-        *self.shared.busy_with.lock().unwrap_or_else(PoisonError::into_inner) = what;
+        *lock(&self.shared.busy_with) = what;
     }
 }
 

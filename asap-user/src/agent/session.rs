@@ -101,6 +101,11 @@ impl Session {
 
     /// Has the engine do it, and tells the client about it as it goes on.
     async fn pass_on(&mut self, request: Request) -> io::Result<()> {
+        if let Request::Status(wanted) | Request::List(wanted) = &request
+            && let Some(report) = self.hall.engine.status_while_busy(wanted)
+        {
+            return self.write(&Reply::Status(report)).await;
+        }
         let step = match self.hall.engine.busy_with() {
             Some(other) => format!("waiting for another request: {other}"),
             None => "started".to_owned(),

@@ -227,12 +227,31 @@ fn a_client_that_reads_nothing_does_not_hold_up_the_engine() {
     thread::sleep(Duration::from_millis(50));
     let started = Instant::now();
     let mut second = agent.connect();
-    send(&mut second, &status());
+    send(&mut second, &attach(5));
     let mut line = String::new();
     second.read_line(&mut line).expect("a sign of life");
     assert!(line.contains("waiting for another request: patch"), "{line}");
-    assert!(matches!(answer(&mut second), Some(Reply::Status(_))));
+    assert!(matches!(answer(&mut second), Some(Reply::Attached(_))));
     assert!(started.elapsed() < Duration::from_secs(10));
+    agent.stop();
+}
+
+#[test]
+fn a_busy_agent_tells_at_once_what_is_attached() {
+    let agent = start(None);
+    agent.ask(&attach(5));
+    let mut patching = agent.connect();
+    send(&mut patching, &patch("slow", 1));
+    let mut line = String::new();
+    while !line.contains("step ") {
+        line.clear();
+        patching.read_line(&mut line).expect("steps");
+    }
+    let Reply::Status(report) = agent.ask(&status()) else { panic!("no status") };
+    let notes = &report.targets[0].notes;
+    assert!(notes.iter().any(|note| note.ends_with("work at: patch")), "{notes:?}");
+    let Reply::Status(report) = agent.ask(&Request::List(StatusRequest { pid: Some(6) })) else { panic!("no list") };
+    assert_eq!(report.targets[0].notes, [""; 0], "the engine itself answered");
     agent.stop();
 }
 
