@@ -189,6 +189,17 @@ impl Unwinder {
         self.returns.clear();
     }
 
+    /// Whether only the return address lies above the stack pointer at `at`, as when a function begins; `None`: the tables
+    /// don't say.
+    #[must_use]
+    pub fn stack_is_as_at_entry(&self, at: TargetAddr) -> Option<bool> {
+        let as_at_entry = |found: &Found<'_, '_>| match found.row.cfa() {
+            CfaRule::RegisterAndOffset { register, offset } => Some(*register == X86_64::RSP && *offset == 8),
+            CfaRule::Expression(_) => None,
+        };
+        self.lookup(at.0, as_at_entry).ok().flatten()
+    }
+
     /// Walks a stack. `read` gives the word at an address of the target.
     pub fn walk(&mut self, registers: &WalkRegisters, read: &mut dyn FnMut(u64) -> Option<u64>) -> StackWalk {
         let mut registers = *registers;
