@@ -194,8 +194,22 @@ impl Work<'_> {
     ) -> Result<(Vec<Module>, Vec<PlannedFunction>), Failure> {
         let mut modules = images.modules(process.pid, &process.maps()?, &process.memory, |at| process.is_ours(at));
         let functions = plan::functions(process, &mut modules, images, self.pairs, self.request.address)?;
-        // Static functions and data that the patch refers to.
         let home = &modules[functions[0].module];
+        // A variable of the same name in the patch is another variable: the two would part ways unnoticed.
+        let copies = self.object.variables().into_iter().filter(|variable| variable.writable);
+        let twin = |name: &str| {
+            home.image.locals(name, None).iter().any(|symbol| symbol.kind == crate::image::SymbolKind::Data)
+        };
+        if let Some(copy) = copies.map(|variable| variable.name).find(|name| twin(name)) {
+            return Err(Failure::refused(
+                format!(
+                    "the patch has a variable {copy} of its own, and {} has one, too: they would not be the same",
+                    home.path
+                ),
+                "declare it `extern` in the patch (static ones: ASAP_IMPORT in asap-patch.h), so that the target's is used",
+            ));
+        }
+        // Static functions and data that the patch refers to.
         let known = |name: &str| {
             home.image.export(name).is_some()
                 || !home.image.locals(name, None).is_empty()
@@ -260,9 +274,7 @@ impl Work<'_> {
         }
         let done = done?;
         // The patch is in; a hook that fails now is told, and changes nothing.
-        if let Err(failure) = hooks::run(process, &hooks.post_apply) {
-            tracing::warn!(pid = process.pid, %failure, "a post-apply hook");
-        }
+        hooks::run_after(process, &hooks.post_apply);
         Ok((done, report))
     }
 

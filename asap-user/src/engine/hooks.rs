@@ -68,6 +68,15 @@ pub fn run(process: &mut TargetProcess, hooks: &[TargetAddr]) -> Result<(), Fail
     Ok(())
 }
 
+/// Runs hooks whose result does not matter: what they follow has happened. Failures are logged.
+pub fn run_after(process: &mut TargetProcess, hooks: &[TargetAddr]) {
+    for &hook in hooks {
+        if let Err(error) = call(process, hook, [0; 2]) {
+            tracing::warn!(pid = process.pid, %error, "a hook of a patch failed");
+        }
+    }
+}
+
 /// Length of libgcc's `struct object`, bytes, with room to spare.
 pub const UNWIND_OBJECT: u64 = 128;
 

@@ -47,6 +47,7 @@ impl Engine {
         // Threads of the target wait at gates while this thread works: it goes first.
         // SAFETY: no memory is involved. Without the right to raise it the priority stays.
         unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -20) };
+        raise_descriptor_limit();
         Self { targets: BTreeMap::new(), images: ImageCache::default(), observers: check::Observers::load() }
     }
 
@@ -75,6 +76,14 @@ impl Engine {
                 ..Failure::refused(format!("several targets are attached: {}", attached()), "say which one with --pid")
             }),
         }
+    }
+}
+
+/// Two descriptors are kept open per thread while a process is checked.
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, most, most);
     }
 }
 

@@ -178,6 +178,16 @@ fn way_out(error: &LookupError, wanted: &str) -> String {
     }
 }
 
+/// Bytes between functions, which nobody executes.
+fn is_padding(bytes: &[u8]) -> bool {
+    let mut decoder = iced_x86::Decoder::new(64, bytes, iced_x86::DecoderOptions::NONE);
+    let mut rest = decoder.iter();
+    // The last no-op may go on behind what a jump needs.
+    rest.all(|i| {
+        matches!(i.mnemonic(), iced_x86::Mnemonic::Nop | iced_x86::Mnemonic::Int3 | iced_x86::Mnemonic::INVALID)
+    }) && matches!(bytes.first(), Some(0x90 | 0xcc | 0x66 | 0x0f))
+}
+
 /// Whether the function's entry can carry a jump.
 fn check(process: &TargetProcess, module: &Module, planned: &PlannedFunction) -> Result<(), Failure> {
     let name = &planned.name;
@@ -186,7 +196,7 @@ fn check(process: &TargetProcess, module: &Module, planned: &PlannedFunction) ->
     let file = module.image.bytes_at(function.address, size.max(JUMP_LENGTH)).ok_or_else(|| {
         Failure::refused(format!("the code of {name} lies outside its file {}", module.path), "report this")
     })?;
-    if size < JUMP_LENGTH && !file[size..JUMP_LENGTH].iter().all(|byte| matches!(byte, 0x90 | 0xcc)) {
+    if size < JUMP_LENGTH && !is_padding(&file[size..JUMP_LENGTH]) {
         return Err(Failure::refused(
             format!("{name} is too short to be replaced: {size} bytes, and a jump needs {JUMP_LENGTH}"),
             "replace the functions that call it",

@@ -124,9 +124,7 @@ pub fn from_process(
     let mut checker = Checker::new(process, &modules, observers, regions);
     let mut at_quiescence = |process: &mut TargetProcess| hooks::run(process, &patch.hooks.pre_revert);
     let report = transaction::run(process, exchange, &mut checker, terms, &mut at_quiescence)?;
-    if let Err(failure) = hooks::run(process, &patch.hooks.post_revert) {
-        tracing::warn!(pid = process.pid, %failure, "a post-revert hook");
-    }
+    hooks::run_after(process, &patch.hooks.post_revert);
     if let (Some(table), Some(_)) = (patch.eh_frame, patch.registered)
         && let Err(error) = hooks::deregister_unwind_table(process, &modules, table)
     {

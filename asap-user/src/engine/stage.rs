@@ -49,8 +49,8 @@ pub struct PatchIdentity {
 
 /// Room for one relocated prologue, bytes: at most four instructions more than the jump, and the jump back.
 const TRAMPOLINE_LENGTH: u64 = 64;
-/// Longest piece of code that is looked at for a prologue, bytes.
-const PROLOGUE_MOST: usize = 64;
+/// Longest function that is looked at for a prologue, bytes.
+const CODE_MOST: usize = 1 << 20;
 /// Stack of a function that the puppet calls, bytes.
 const CALL_STACK: u64 = 256 * 1024;
 /// Time that an IFUNC resolver may take.
@@ -135,7 +135,8 @@ fn lay_trampolines(
             originals.insert(name.clone(), current.replacement.start);
             continue;
         }
-        let length = usize::try_from(function.function.size).unwrap_or(PROLOGUE_MOST).min(PROLOGUE_MOST);
+        // All of it: a branch back into the moved instructions may come from anywhere.
+        let length = usize::try_from(function.function.size).unwrap_or(CODE_MOST).clamp(JUMP_LENGTH, CODE_MOST);
         let bytes = process.memory.bytes(function.entry, length).map_err(|error| gone(process.pid, error))?;
         let moved = prologue::relocate(&bytes, function.entry, JUMP_LENGTH, at).map_err(|error| {
             Failure::refused(

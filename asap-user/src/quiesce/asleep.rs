@@ -6,6 +6,7 @@ use nix::{
     sys::stat::Mode,
 };
 use std::{
+    collections::{HashMap, hash_map::Entry},
     fmt::Write,
     fs::File,
     io,
@@ -85,6 +86,35 @@ impl TaskFolder {
     /// Instruction and stack pointer of a thread that sleeps, from its file `syscall`.
     pub(super) fn sleeping_at(&mut self, syscall: &File) -> Option<(u64, u64)> {
         parse_syscall(self.text(syscall)?)
+    }
+}
+
+/// Files of threads that are looked at, open from one look to the next: reading them again is what happens while gates are
+/// closed. Two descriptors per thread.
+#[derive(Default)]
+pub struct OpenThreads(HashMap<i32, OpenThread>);
+
+/// The open files of one thread.
+pub(super) struct OpenThread {
+    pub(super) clock: Clock,
+    pub(super) syscall: File,
+}
+
+impl OpenThreads {
+    /// The files of `tid`; `None` if it has ended.
+    pub(super) fn get(&mut self, tid: i32, folder: &mut TaskFolder) -> Option<&OpenThread> {
+        Some(match self.0.entry(tid) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                let clock = folder.clock(tid)?;
+                entry.insert(OpenThread { clock, syscall: folder.file(tid, "syscall")? })
+            }
+        })
+    }
+
+    /// Closes the files of threads that `keep` does not name.
+    pub(super) fn retain(&mut self, keep: impl Fn(i32) -> bool) {
+        self.0.retain(|&tid, _| keep(tid));
     }
 }
 

@@ -3,6 +3,7 @@
 
 mod asleep;
 pub mod exits;
+pub use asleep::OpenThreads;
 pub mod observe;
 mod signal_frame;
 pub mod snapshot;

@@ -6,7 +6,7 @@
 //! registers, is stopped for its own stack walk only.
 
 use super::{
-    asleep::{Epoch, TaskFolder},
+    asleep::{Epoch, OpenThreads, TaskFolder},
     snapshot::{self, SnapshotSource},
     stack::StackReader,
     unwind::{StackWalk, Unwinder, WalkEnd, WalkRegisters},
@@ -20,7 +20,7 @@ use crate::{
     },
 };
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     io,
     ops::Range,
     time::{Duration, Instant},
@@ -107,8 +107,9 @@ impl Observation {
     }
 }
 
-/// Most times that the list of threads is read; a process that makes threads faster than they can be looked at is not known.
-const PASSES_MOST: usize = 64;
+/// How long threads that run are given to go to sleep before they are stopped, and how long each nap of ours is meanwhile.
+const PATIENCE: Duration = Duration::from_millis(1);
+const NAP: Duration = Duration::from_micros(50);
 
 fn judge(walk: StackWalk, regions: &[Region]) -> (Place, Vec<TargetAddr>) {
     let inside = regions
@@ -132,12 +133,19 @@ pub struct Observer<'a> {
     unwinder: &'a mut Unwinder,
     regions: &'a [Region],
     snapshots: Option<&'a mut dyn SnapshotSource>,
+    open: &'a mut OpenThreads,
 }
 
 impl<'a> Observer<'a> {
     /// For the threads of `pid`.
-    pub fn new(pid: i32, memory: &'a Memory, unwinder: &'a mut Unwinder, regions: &'a [Region]) -> Self {
-        Self { pid, stack: StackReader::new(memory), unwinder, regions, snapshots: None }
+    pub fn new(
+        pid: i32,
+        memory: &'a Memory,
+        unwinder: &'a mut Unwinder,
+        regions: &'a [Region],
+        open: &'a mut OpenThreads,
+    ) -> Self {
+        Self { pid, stack: StackReader::new(memory), unwinder, regions, snapshots: None, open }
     }
 
     /// Looks at all threads at once first.
@@ -147,8 +155,8 @@ impl<'a> Observer<'a> {
         self
     }
 
-    /// All threads, among them those that are created meanwhile. `known` are earlier observations: they hold for threads
-    /// that have not run since.
+    /// All threads. `known` are earlier observations: they hold for threads that have not run since. Threads that are created
+    /// meanwhile are not looked at: with the gates closed they can't get inside.
     ///
     /// # Errors
     /// The process is gone.
@@ -156,47 +164,40 @@ impl<'a> Observer<'a> {
         let mut known = known;
         let mut folder = TaskFolder::open(self.pid)?;
         let mut seen = self.by_snapshot(&mut known);
-        let mut dead = HashSet::new();
-        for _ in 0..PASSES_MOST {
-            let threads = info::threads(self.pid)?;
-            let mut news = false;
-            for &tid in &threads {
-                if seen.contains_key(&tid) {
-                    continue;
-                }
-                // The first thread of a process stays in the list when it has ended before the others.
-                if dead.contains(&tid) && folder.is_dead(tid) {
-                    continue;
-                }
-                news = true;
-                let held = known.remove(&tid).filter(|old| Self::holds(old, &mut folder));
-                match held.or_else(|| self.asleep(tid, &mut folder)).or_else(|| self.stopped(tid)) {
-                    Some(observation) => {
-                        seen.insert(tid, observation);
-                    }
-                    None => {
-                        dead.insert(tid);
-                    }
-                }
+        let mut awake = info::threads(self.pid)?;
+        seen.retain(|tid, _| awake.binary_search(tid).is_ok());
+        awake.retain(|tid| !seen.contains_key(tid));
+        let patient_until = Instant::now() + PATIENCE;
+        loop {
+            awake.retain(|&tid| {
+                let held = known.remove(&tid).filter(|old| self.holds(old, &mut folder));
+                let observed = held.or_else(|| self.asleep(tid, &mut folder));
+                observed.map(|observed| seen.insert(tid, observed)).is_none()
+            });
+            if awake.is_empty() || Instant::now() >= patient_until {
+                break;
             }
-            // A thread that was not there is made by one that was seen before: look until nobody is new.
-            if !news {
-                seen.retain(|tid, _| threads.binary_search(tid).is_ok());
-                return Ok(seen);
+            // Most threads that run are about to sleep again, or to wait at a gate: cheaper for all than stopping them.
+            std::thread::sleep(NAP);
+        }
+        for tid in awake {
+            // The first thread of a process stays in the list when it has ended before the others.
+            if folder.is_dead(tid) {
+                continue;
+            }
+            if let Some(observed) = self.stopped(tid) {
+                seen.insert(tid, observed);
             }
         }
-        for tid in info::threads(self.pid)? {
-            let late = || Observation::unknown(tid, "threads come faster than they can be looked at".into());
-            seen.entry(tid).or_insert_with(late);
-        }
+        self.open.retain(|tid| seen.contains_key(&tid));
         Ok(seen)
     }
 
     /// Whether an earlier observation is still true.
-    fn holds(old: &Observation, folder: &mut TaskFolder) -> bool {
+    fn holds(&mut self, old: &Observation, folder: &mut TaskFolder) -> bool {
         let Some(HeldBy::Proc(epoch @ Epoch::Ran(_))) = old.held_by else { return false };
-        let Some(clock) = folder.clock(old.tid) else { return false };
-        folder.epoch(&clock) == Some(epoch)
+        let Some(files) = self.open.get(old.tid, folder) else { return false };
+        old.place == Place::Outside && folder.epoch(&files.clock) == Some(epoch)
     }
 
     /// What snapshots tell; nothing where there are none. Takes from `known` what still holds.
@@ -256,17 +257,17 @@ impl<'a> Observer<'a> {
     }
 
     fn asleep(&mut self, tid: i32, folder: &mut TaskFolder) -> Option<Observation> {
-        let clock = folder.clock(tid)?;
-        let before = folder.epoch(&clock)?;
-        let syscall = folder.file(tid, "syscall")?;
-        let (ip, sp) = folder.sleeping_at(&syscall)?;
+        let files = self.open.get(tid, folder)?;
+        let before = folder.epoch(&files.clock)?;
+        let (ip, sp) = folder.sleeping_at(&files.syscall)?;
         let (place, frames) = self.walk(&WalkRegisters::bare(ip, sp), &[]);
         // More registers may help.
         if matches!(place, Place::Unknown(_)) {
             return None;
         }
-        let sleeps_on = matches!(before, Epoch::Ran(_)) || folder.sleeping_at(&syscall) == Some((ip, sp));
-        let slept = sleeps_on && folder.epoch(&clock) == Some(before);
+        let files = self.open.get(tid, folder)?;
+        let sleeps_on = matches!(before, Epoch::Ran(_)) || folder.sleeping_at(&files.syscall) == Some((ip, sp));
+        let slept = sleeps_on && folder.epoch(&files.clock) == Some(before);
         slept.then_some(Observation { tid, place, frames, how: How::Asleep, held_by: Some(HeldBy::Proc(before)) })
     }
 

@@ -1,6 +1,7 @@
 //! Observation of a real process that knows where each of its threads is.
 
 use super::{
+    asleep::OpenThreads,
     observe::{How, Observer, Place, Region},
     unwind::Unwinder,
 };
@@ -120,9 +121,10 @@ fn observe(fixture: &Fixture, truth: &HashMap<i32, bool>, sleepers: usize) {
     }
     let regions = [region.expect("the fixture's function")];
     let mut known = HashMap::new();
+    let mut open = OpenThreads::default();
     let mut asleep = 0;
     for _ in 0..3 {
-        let mut observer = Observer::new(pid, &memory, &mut unwinder, &regions);
+        let mut observer = Observer::new(pid, &memory, &mut unwinder, &regions, &mut open);
         known = observer.observe(known).expect("alive");
         assert_eq!(known.len(), truth.len() + 1, "all threads and the main one");
         asleep = known.values().filter(|o| o.how == How::Asleep).count();
