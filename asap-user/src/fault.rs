@@ -2,6 +2,7 @@
 //! feature `fault-points` only; otherwise a call is nothing.
 //!
 //! `ASAP_FAULT=name` or `name:N` kills the agent with SIGKILL when it passes `name` the first (or N-th) time.
+//! `ASAP_FAULT_STOP=1` stops it there (SIGSTOP) instead, as a hung agent would.
 //! `ASAP_FAULT_LIST=path` appends the name of every point passed to that file.
 
 /// A place where the agent may be made to die.
@@ -38,7 +39,8 @@ pub fn point(name: &'static str) {
         && wanted == name
         && PASSED.fetch_add(1, Ordering::Relaxed) + 1 == *count
     {
-        // SAFETY: no memory is involved; the process ends here.
-        unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
+        let signal = if std::env::var_os("ASAP_FAULT_STOP").is_some() { libc::SIGSTOP } else { libc::SIGKILL };
+        // SAFETY: no memory is involved; the process ends or stops here.
+        unsafe { libc::kill(libc::getpid(), signal) };
     }
 }

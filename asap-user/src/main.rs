@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    asap::cli::main(Box::new(|_watchdog| Box::new(asap::engine::Engine::new())))
+    asap::cli::main(Box::new(|| Box::new(asap::engine::Engine::new())))
 }

@@ -20,7 +20,7 @@ use std::{
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
     ptr::NonNull,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicU32, AtomicU64, Ordering::SeqCst},
     },
     time::Duration,
@@ -51,9 +51,19 @@ struct Slot {
 }
 
 /// Watches the critical sections of this process.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Watchdog(Arc<Kennel>);
 
+/// The watchdog of this process, for [`section`].
+static CURRENT: Mutex<Weak<Kennel>> = Mutex::new(Weak::new());
+
+/// Opens a critical section under the watchdog that was started last; none: there is no watchdog (in tests of the engine).
+pub fn section(name: &str, limit: Duration) -> Option<Guard> {
+    let current = CURRENT.lock().unwrap_or_else(PoisonError::into_inner).upgrade()?;
+    Some(Watchdog(current).guard(name, limit))
+}
+
+#[derive(Debug)]
 struct Kennel {
     page: NonNull<Page>,
     watcher: Pid,
@@ -65,6 +75,7 @@ unsafe impl Send for Kennel {}
 unsafe impl Sync for Kennel {}
 
 /// A critical section; it ends when this is dropped.
+#[derive(Debug)]
 #[must_use = "the section ends where the guard is dropped"]
 pub struct Guard {
     watchdog: Watchdog,
@@ -100,7 +111,11 @@ impl Watchdog {
                 // SAFETY: ends this process at once, without the agent's exit handlers.
                 unsafe { libc::_exit(0) }
             }
-            Ok(ForkResult::Parent { child }) => Ok(Self(Arc::new(Kennel { page, watcher: child }))),
+            Ok(ForkResult::Parent { child }) => {
+                let kennel = Arc::new(Kennel { page, watcher: child });
+                *CURRENT.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&kennel);
+                Ok(Self(kennel))
+            }
             Err(error) => {
                 // SAFETY: nobody else knows the mapping.
                 let _ = unsafe { munmap(memory, length.get()) };
@@ -273,7 +288,7 @@ mod tests {
         let watchdog = Watchdog::start().expect("a watchdog");
         match scene.as_str() {
             "stopped" => {
-                let _guard = watchdog.guard("gate", Duration::from_millis(300));
+                let _guard = section("gate", Duration::from_millis(300)).expect("a watchdog was started");
                 nix::sys::signal::raise(Signal::SIGSTOP).expect("stop");
                 unreachable!("nobody continues this process");
             }

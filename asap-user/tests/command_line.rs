@@ -55,7 +55,13 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let _ = self.command(&["stop"]).output();
+        let stopped = self.command(&["stop"]).output();
+        if !stopped.is_ok_and(|output| output.status.success())
+            && let Ok(pid) = fs::read_to_string(self.dir.path().join("run/agent.lock"))
+        {
+            // It hangs; a test has failed.
+            let _ = Command::new("kill").args(["-9", pid.trim()]).status();
+        }
     }
 }
 
@@ -373,4 +379,51 @@ fn an_agent_that_is_terminated_while_it_waits_gives_up_and_harms_nobody() {
     let again = place.run(&["attach", "--pid", &busy.pid()]);
     assert!(again.status.success() && runs(busy.0.id().into()), "P1: {again:?}");
     assert!(place.run(&["detach", "--revert"]).status.success());
+}
+
+/// An agent that hangs while gates are closed would hold up threads of the target: the watchdog must end it (P1).
+#[cfg(feature = "fault-points")]
+#[test]
+fn an_agent_that_hangs_with_closed_gates_is_ended() {
+    if !is_root() {
+        return;
+    }
+    let place = Place::new();
+    let file = |name: &str| place.dir.path().join(name).to_str().expect("ASCII").to_owned();
+    fs::write(
+        file("hot.c"),
+        "#include <unistd.h>\n\
+         __attribute__((noinline)) int hot(int x) { __asm__ volatile(\"\"); return x * 1000003; }\n\
+         int main(void) { for (int i = 0;; i++) usleep(1000 + (hot(i) & 1)); }\n",
+    )
+    .expect("written");
+    fs::write(file("fix.c"), "int hot(int x) { return x + 1000; }\n").expect("written");
+    let compile =
+        |arguments: &[&str]| assert!(Command::new("gcc").args(arguments).status().expect("gcc runs").success());
+    compile(&["-O2", "-w", "-o", &file("hot"), &file("hot.c")]);
+    compile(&["-O2", "-c", "-o", &file("fix.o"), &file("fix.c")]);
+    let hot = Sleeper(Command::new(file("hot")).spawn().expect("it runs"));
+    let attached = place
+        .command(&["attach", "--pid", &hot.pid()])
+        .env("ASAP_FAULT", "gate.closed")
+        .env("ASAP_FAULT_STOP", "1")
+        .output();
+    assert!(attached.expect("asap runs").status.success());
+    let agent = place.agent().expect("an agent runs");
+    let begin = Instant::now();
+    let mut patch = place.command(&["patch", "--function", "hot", &file("fix.o")]).spawn().expect("asap runs");
+    wait_until("the client learns of the agent's end", || patch.try_wait().is_ok_and(|status| status.is_some()));
+    let patched = patch.wait().expect("it has ended");
+    assert_eq!(patched.code(), Some(1), "{patched:?}");
+    assert!(begin.elapsed() > Duration::from_secs(5), "it hung: {patched:?}");
+    wait_until("the agent is ended", || !runs(agent));
+    let rounds = || {
+        let status = fs::read_to_string(format!("/proc/{}/status", hot.pid())).expect("the target lives");
+        let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+        count.and_then(|count| count.trim().parse::<u64>().ok()).expect("a number")
+    };
+    let before = rounds();
+    wait_until("the target goes on", || rounds() > before + 20);
+    let messages = fs::read_to_string(file("log/agent.log")).expect("a message");
+    assert!(messages.contains("too long in its section \"closed gates\""), "{messages}");
 }

@@ -114,13 +114,8 @@ pub(super) fn start(
     thread::Builder::new().name("engine".to_owned()).spawn(move || {
         leave_signals_to_the_runtime();
         let outcome = catch_unwind(AssertUnwindSafe(|| {
-            let mut worker = Worker {
-                operations: factory(watchdog.clone()),
-                _watchdog: watchdog,
-                audit,
-                attached: attached_sender,
-                shared: ours,
-            };
+            let mut worker =
+                Worker { operations: factory(), _watchdog: watchdog, audit, attached: attached_sender, shared: ours };
             worker.work(&queue)
         }));
         let outcome = outcome.unwrap_or_else(|panic| Err(words_of(&*panic)));
@@ -142,7 +137,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 struct Worker {
     operations: Box<dyn Operations>,
-    /// Lives as long as the engine, whether that uses it or not.
+    /// Lives as long as the engine, which opens sections by `watchdog::section`.
     _watchdog: Watchdog,
     audit: AuditLog,
     attached: watch::Sender<bool>,

@@ -24,7 +24,6 @@ pub use crate::watchdog;
 
 use crate::report::Operations;
 use std::{path::PathBuf, time::Duration};
-use watchdog::Watchdog;
 
 /// Where the agent listens unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/asap/agent.sock";
@@ -34,7 +33,7 @@ pub const DEFAULT_LOG: &str = "/var/log/asap/audit.jsonl";
 pub const DEFAULT_IDLE_EXIT: Duration = Duration::from_secs(10);
 
 /// Makes the engine, on the thread that it will live on.
-pub type OperationsFactory = Box<dyn FnOnce(Watchdog) -> Box<dyn Operations> + Send>;
+pub type OperationsFactory = Box<dyn FnOnce() -> Box<dyn Operations> + Send>;
 
 /// How an agent runs.
 #[derive(Clone, Debug)]

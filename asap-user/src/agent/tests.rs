@@ -92,7 +92,7 @@ fn start(idle_exit: Option<Duration>) -> Agent {
     let theirs = options.clone();
     let (ready, is_ready) = mpsc::channel();
     let thread = thread::spawn(move || {
-        run(&theirs, Box::new(|_| Box::new(Straw::default())), move || ready.send(()).expect("somebody waits"))
+        run(&theirs, Box::new(|| Box::new(Straw::default())), move || ready.send(()).expect("somebody waits"))
     });
     is_ready.recv().expect("the agent starts");
     Agent { dir, options, thread }
@@ -341,7 +341,7 @@ fn an_idle_agent_ends_and_one_with_a_target_stays() {
 #[test]
 fn a_second_agent_does_not_displace_the_first() {
     let agent = start(None);
-    let refusal = run(&agent.options, Box::new(|_| Box::new(Straw::default())), || panic!("it must not start"));
+    let refusal = run(&agent.options, Box::new(|| Box::new(Straw::default())), || panic!("it must not start"));
     assert!(matches!(refusal, Err(AgentError::AlreadyRunning { .. })), "{refusal:?}");
     assert!(matches!(agent.ask(&status()), Reply::Status(_)));
     agent.stop();

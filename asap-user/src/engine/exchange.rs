@@ -10,11 +10,15 @@ use crate::{
     address::{PAGE_SIZE, TargetAddr},
     process::{maps::Maps, pages},
     report::Failure,
+    watchdog,
 };
 use std::{
     collections::BTreeSet,
     time::{Duration, Instant},
 };
+
+/// How long gates may be closed before the agent is taken for hung. Many times what is normal, hooks and slow machines included.
+const GATE_LIMIT: Duration = Duration::from_secs(10);
 
 /// One text page of a transaction.
 #[derive(Debug)]
@@ -43,6 +47,8 @@ pub struct Closed {
     since: Instant,
     /// The pages as they were, to be moved back.
     back: Vec<TargetAddr>,
+    /// A hung agent is ended, and then threads that wait go on (P1).
+    _watched: Option<watchdog::Guard>,
 }
 
 /// What closing the gates cost.
@@ -112,6 +118,7 @@ impl Exchange {
         }
         crate::fault::point("gate.prepared");
         let since = Instant::now();
+        let watched = watchdog::section("closed gates", GATE_LIMIT);
         let moves: Vec<_> = gates.iter().copied().zip(self.changes.iter().map(|change| change.page)).collect();
         let closed = process.puppet.exchange(&process.memory, &moves);
         crate::fault::point("gate.closed");
@@ -120,7 +127,7 @@ impl Exchange {
             self.discard(process, &back[error.done..], &gates[error.done..]);
             return Err(no_gates(pid, error));
         }
-        Ok(Closed { since, back })
+        Ok(Closed { since, back, _watched: watched })
     }
 
     /// Puts the pages back as they were and lets everybody go on.
