@@ -12,7 +12,7 @@ pub const MAX_OBJECTS: usize = 64 << 20;
 pub const MAX_LINE: usize = 96 << 20;
 /// Lines above this are read by one session at a time.
 pub const LARGE_LINE: usize = 1 << 20;
-/// How long a client may be silent in the middle of a line.
+/// How long a client may be silent, between its requests or in the middle of one.
 pub const LINE_PATIENCE: Duration = Duration::from_secs(20);
 
 /// What came of reading a line.

@@ -61,11 +61,6 @@ impl Client {
         Ok(Some(Self { stream: BufReader::new(stream), agent: peer.pid() }))
     }
 
-    /// Connects to an agent that must be there.
-    pub fn of_running_agent(path: &Path) -> Result<Self, Failure> {
-        Self::connect(path)?.ok_or_else(no_agent)
-    }
-
     /// The agent's pid.
     pub const fn agent(&self) -> i32 {
         self.agent
@@ -133,13 +128,13 @@ impl Client {
 }
 
 /// The word for a request that needs an agent.
-pub fn no_agent() -> Failure {
+fn no_agent() -> Failure {
     Failure::refused("no agent is running, so nothing is attached", "attach first: asap attach --pid N")
 }
 
-/// Asks an agent that must be running, as root.
+/// Asks an agent that must be running.
 pub fn ask(path: &Path, request: &Request) -> Result<Reply, Failure> {
-    Client::of_running_agent(path)?.ask(request)
+    Client::connect(path)?.ok_or_else(no_agent)?.ask(request)
 }
 
 /// Asks the agent; starts one if none runs.

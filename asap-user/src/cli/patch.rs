@@ -1,7 +1,7 @@
 //! `asap patch`: options of a patch, and what became of it.
 
 use super::{
-    client::{Client, unexpected},
+    client::{ask, unexpected},
     context::{Global, require_root},
     files, report, values,
 };
@@ -78,7 +78,7 @@ impl PatchOptions {
             consistency: self.consistency,
             mechanism: self.mechanism,
         });
-        let reply = Client::of_running_agent(&global.socket)?.ask(&request)?;
+        let reply = ask(&global.socket, &request)?;
         let Reply::Patched(report) = &reply else { return Err(unexpected(&reply)) };
         global.show(&reply, || patched(report))
     }
