@@ -287,7 +287,10 @@ impl<'a> Observer<'a> {
 
     fn asleep(&mut self, tid: i32, folder: &mut TaskFolder) -> Option<Observation> {
         let files = self.open.get(tid, folder)?;
-        let before = folder.epoch(&files.clock)?;
+        let Some(before) = folder.epoch(&files.clock) else {
+            self.open.close(tid);
+            return None;
+        };
         let (ip, sp) = folder.sleeping_at(&files.syscall)?;
         let (place, frames) = self.walk(&WalkRegisters::bare(ip, sp), &[]);
         // More registers may help.

@@ -128,14 +128,23 @@ struct ByStopping {
     taken: usize,
 }
 
+fn runs(tid: i32) -> io::Result<bool> {
+    let stat = fs::read_to_string(format!("/proc/{tid}/stat"))?;
+    Ok(stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('R')))
+}
+
 impl SnapshotSource for ByStopping {
     fn snapshot(&mut self, pid: i32, stack_bytes: usize) -> io::Result<Vec<TaskSnapshot>> {
         self.taken += 1;
         let memory = Memory::open(pid)?;
         let mut tasks = Vec::new();
         for tid in info::threads(pid)? {
-            let state = fs::read_to_string(format!("/proc/{tid}/stat"))?;
-            let on_cpu = state.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('R'));
+            // Just let go of by the look before, it may not sleep again yet.
+            let deadline = Instant::now() + Duration::from_secs(2);
+            while runs(tid)? && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_micros(100));
+            }
+            let on_cpu = runs(tid)?;
             // The stop itself makes the thread run: the stack pointer stands for what an epoch would say of these sleepers.
             let Ok(thread) = Stopped::stop(tid) else { continue };
             let registers = thread.registers().map_err(io::Error::other)?;
