@@ -1,10 +1,17 @@
 //! A private agent of asap's for one run: own socket, own log.
 
-use anyhow::{Context, Result, bail};
+use crate::owned::Owned;
+use anyhow::{Context, Result, bail, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::Value;
 use std::{
+    fs,
+    os::unix::{fs::DirBuilderExt, net::UnixStream, process::ExitStatusExt},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -12,27 +19,30 @@ use std::{
 pub struct Agent {
     asap: PathBuf,
     directory: PathBuf,
-    process: Child,
+    process: Owned,
+}
+
+/// `asap` with the options that lead to the agent of `directory`.
+fn asap(program: &Path, directory: &Path) -> Command {
+    let mut command = Command::new(program);
+    command.args(["--socket".as_ref(), directory.join("agent.sock").as_os_str()]);
+    command.args(["--log".as_ref(), directory.join("audit.jsonl").as_os_str()]);
+    command.stdin(Stdio::null());
+    command
 }
 
 impl Agent {
-    /// Starts it with its socket in `directory`.
-    pub fn start(asap: &Path, directory: &Path) -> Result<Self> {
-        let run = directory.join("run");
-        std::fs::create_dir(&run)?;
-        std::os::unix::fs::chown(&run, Some(0), Some(0))?;
-        std::fs::set_permissions(&run, std::os::unix::fs::PermissionsExt::from_mode(0o700))?;
-        let process = Command::new(asap)
-            .args(["--socket".as_ref(), run.join("agent.sock").as_os_str()])
-            .args(["--log".as_ref(), run.join("audit.jsonl").as_os_str()])
-            .arg("agent")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .spawn()
-            .context("the agent can't be started")?;
-        let agent = Self { asap: asap.to_owned(), directory: run, process };
+    /// Starts it with its socket below `directory`; where one has been before, it takes its place.
+    pub fn start(program: &Path, directory: &Path) -> Result<Self> {
+        let directory = directory.join("run");
+        fs::DirBuilder::new().mode(0o700).recursive(true).create(&directory)?;
+        let process = Owned::spawn(asap(program, &directory).arg("agent").stdout(Stdio::null()))?;
+        let mut agent = Self { asap: program.to_owned(), directory, process };
         let deadline = Instant::now() + Duration::from_secs(10);
-        while std::os::unix::net::UnixStream::connect(agent.directory.join("agent.sock")).is_err() {
+        while UnixStream::connect(agent.directory.join("agent.sock")).is_err() {
+            if let Some(status) = agent.process.ended()? {
+                bail!("the agent ended with {status}");
+            }
             if Instant::now() > deadline {
                 bail!("the agent does not answer");
             }
@@ -43,39 +53,25 @@ impl Agent {
 
     /// Its process id.
     pub fn pid(&self) -> i32 {
-        self.process.id() as i32
+        self.process.pid()
     }
 
     /// Runs `asap` with `arguments`; gives its answer, or its words.
     pub fn ask(&self, arguments: &[&str]) -> Result<Value> {
-        let output = Command::new(&self.asap)
-            .args(["--socket".as_ref(), self.directory.join("agent.sock").as_os_str()])
-            .args(["--log".as_ref(), self.directory.join("audit.jsonl").as_os_str()])
-            .arg("--json")
-            .args(arguments)
-            .stdin(Stdio::null())
-            .output()
-            .context("asap can't be started")?;
+        let mut command = asap(&self.asap, &self.directory);
+        let output = command.arg("--json").args(arguments).output().context("asap can't be started")?;
         let text = String::from_utf8_lossy(&output.stdout);
         if !output.status.success() {
             bail!("asap {}: {}{text}", arguments.join(" "), String::from_utf8_lossy(&output.stderr));
         }
         serde_json::from_str(&text).with_context(|| format!("asap {} answered {text}", arguments.join(" ")))
     }
-}
 
-impl Drop for Agent {
-    fn drop(&mut self) {
-        // SAFETY: no memory is involved; the child has not been waited for, so the pid is its own.
-        unsafe { libc::kill(self.pid(), libc::SIGTERM) };
-        let deadline = Instant::now() + Duration::from_secs(5);
-        while Instant::now() < deadline {
-            if matches!(self.process.try_wait(), Ok(Some(_))) {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        let _ = self.process.kill();
-        let _ = self.process.wait();
+    /// Kills it, without a word.
+    pub fn kill(&mut self) -> Result<()> {
+        kill(Pid::from_raw(self.pid()), Signal::SIGKILL).context("the agent can't be killed")?;
+        let status = self.process.wait()?;
+        ensure!(status.signal() == Some(libc::SIGKILL), "the agent ended with {status} before it was killed");
+        Ok(())
     }
 }

@@ -1,36 +1,61 @@
 //! Debian's own Apache with a private configuration: event MPM, three children of 25 threads as www-data, a loopback port.
 
-use anyhow::{Context, Result, bail};
+use crate::{http, owned::Owned};
+use anyhow::{Context, Result, bail, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use std::{
+    collections::BTreeSet,
     fs,
     net::{Ipv4Addr, SocketAddr, TcpListener},
-    os::unix::fs::PermissionsExt,
-    path::Path,
-    process::{Child, Command, Stdio},
+    os::unix::fs::{MetadataExt, PermissionsExt},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
+/// The program.
+const PROGRAM: &str = "/usr/sbin/apache2";
 /// Length of the file that is served, bytes.
 pub const FILE_LENGTH: usize = 287_000;
+/// Its path.
+pub const FILE: &str = "/file.bin";
+/// Child processes.
+pub const CHILDREN: usize = 3;
+/// Threads that serve, in each of them; a few more listen and manage.
+pub const THREADS: usize = 25;
 
 /// A running Apache; ends with this value.
 pub struct Apache {
-    parent: Child,
+    parent: Owned,
+    log: PathBuf,
+    /// One line for each request for ranges: the process that answered.
+    ranges_log: PathBuf,
     /// Where it listens.
     pub address: SocketAddr,
 }
 
+/// What is served: bytes that depend on where they are.
+pub fn contents() -> Vec<u8> {
+    (0..FILE_LENGTH).map(|n| b'a' + (n * 7 % 26) as u8).collect()
+}
+
 impl Apache {
-    /// Starts it in `directory`, which must be new.
+    /// Starts it in `directory`, which must be new, and waits until all children serve.
     pub fn start(directory: &Path) -> Result<Self> {
+        // www-data must get at what it serves.
         fs::set_permissions(directory, fs::Permissions::from_mode(0o755))?;
         let root = directory.join("htdocs");
         fs::create_dir(&root)?;
-        fs::write(root.join("file.bin"), vec![b'x'; FILE_LENGTH])?;
-        // Free at this moment; should somebody take it before Apache does, Apache says so and the demo fails.
+        fs::write(root.join(FILE.trim_start_matches('/')), contents())?;
+        // Free at this moment; should somebody take it before Apache does, Apache says so and we fail.
         let address = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
         let modules = "/usr/lib/apache2/modules";
         let (at, log) = (directory.display(), directory.join("error.log"));
+        let ranges_log = directory.join("ranges.log");
+        let (root, most) = (root.display(), CHILDREN * THREADS);
         let configuration = format!(
             "ServerRoot {at}\nServerName localhost\nListen {address}\nPidFile {at}/pid\nErrorLog {log}\n\
              Mutex file:{at} default\n\
@@ -38,51 +63,83 @@ impl Apache {
              LoadModule authz_core_module {modules}/mod_authz_core.so\n\
              User www-data\nGroup www-data\nDocumentRoot {root}\n\
              <Directory {root}>\nRequire all granted\n</Directory>\n\
-             StartServers 3\nServerLimit 3\nThreadsPerChild 25\nMaxRequestWorkers 75\n\
-             MinSpareThreads 75\nMaxSpareThreads 75\n\
+             StartServers {CHILDREN}\nServerLimit {CHILDREN}\nThreadsPerChild {THREADS}\nThreadLimit {THREADS}\n\
+             MaxRequestWorkers {most}\nMinSpareThreads {most}\nMaxSpareThreads {most}\n\
              KeepAlive On\nMaxKeepAliveRequests 0\nKeepAliveTimeout 30\n\
+             CustomLog {ranges_log} %P \"expr=-n %{{HTTP:Range}}\"\n\
              MaxRanges unlimited\nMaxRangeOverlaps unlimited\nMaxRangeReversals unlimited\n",
             log = log.display(),
-            root = root.display(),
+            ranges_log = ranges_log.display(),
         );
         let file = directory.join("apache.conf");
         fs::write(&file, configuration)?;
-        let parent = Command::new("/usr/sbin/apache2")
-            .args(["-DFOREGROUND", "-f"])
-            .arg(&file)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .spawn()
-            .context("apache2 can't be started")?;
-        let mut apache = Self { parent, address };
+        let mut apache = Command::new(PROGRAM);
+        apache.args(["-DFOREGROUND", "-f"]).arg(&file).stdin(Stdio::null()).stdout(Stdio::null());
+        let mut apache = Self { parent: Owned::spawn(&mut apache)?, log, ranges_log, address };
+        apache.wait_until("serves with all children", |apache| {
+            apache.children().len() == CHILDREN && http::get(address, FILE, &[]).is_ok_and(|a| a.status == 200)
+        })?;
+        Ok(apache)
+    }
+
+    fn wait_until(&mut self, what: &str, holds: impl Fn(&Self) -> bool) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(20);
-        loop {
-            if apache.children().len() == 3 && crate::http::get(address, "/file.bin", 0).is_ok_and(|a| a.status == 200)
-            {
-                return Ok(apache);
-            }
-            if let Some(status) = apache.parent.try_wait()? {
-                bail!("apache2 ended with {status}: {}", fs::read_to_string(log).unwrap_or_default());
+        while !holds(self) {
+            let log = || fs::read_to_string(&self.log).unwrap_or_default();
+            if let Some(status) = self.parent.ended()? {
+                bail!("apache2 ended with {status}: {}", log());
             }
             if Instant::now() > deadline {
-                bail!("apache2 does not answer: {}", fs::read_to_string(log).unwrap_or_default());
+                bail!("still not: apache2 {what}: {}", log());
             }
             std::thread::sleep(Duration::from_millis(20));
         }
+        Ok(())
     }
 
     /// Process id of the parent.
     pub fn pid(&self) -> i32 {
-        self.parent.id() as i32
+        self.parent.pid()
     }
 
-    /// Its worker processes.
+    /// Its worker processes with all their threads.
     pub fn children(&self) -> Vec<i32> {
         let pid = self.pid();
         let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
         let all = text.split_ascii_whitespace().filter_map(|word| word.parse().ok());
-        // A helper of asap's is a child, too, but not a worker: it runs as whoever it was made from, with one thread.
-        all.filter(|&child| threads(child) > 1).collect()
+        // A helper of asap's is a child, too, but not a worker: it has one thread.
+        all.filter(|&child| threads(child) > THREADS).collect()
+    }
+
+    /// The parent and its workers.
+    pub fn processes(&self) -> Vec<i32> {
+        self.children().into_iter().chain([self.pid()]).collect()
+    }
+
+    /// The processes that have answered requests for ranges, since the last [`Self::forget_ranges`].
+    pub fn answered_ranges(&self) -> Result<BTreeSet<i32>> {
+        let text = fs::read_to_string(&self.ranges_log).context("Apache's log of range requests")?;
+        Ok(text.lines().filter_map(|line| line.trim().parse().ok()).collect())
+    }
+
+    /// Forgets which processes have answered requests for ranges.
+    pub fn forget_ranges(&self) -> Result<()> {
+        // A request is logged after its answer: what was answered just now is still to come.
+        std::thread::sleep(Duration::from_millis(200));
+        // Apache appends: an emptied log is filled from its beginning.
+        fs::write(&self.ranges_log, "").context("Apache's log of range requests")
+    }
+
+    /// Tells it to replace all children, and waits until it has.
+    pub fn restart_gracefully(&mut self) -> Result<()> {
+        let old = self.children();
+        kill(Pid::from_raw(self.pid()), Signal::SIGUSR1).context("apache2 can't be signalled")?;
+        self.wait_until("has replaced its children", |apache| {
+            let new = apache.children();
+            new.len() == CHILDREN
+                && new.iter().all(|pid| !old.contains(pid))
+                && old.iter().all(|&pid| threads(pid) == 0)
+        })
     }
 }
 
@@ -91,76 +148,21 @@ fn threads(pid: i32) -> usize {
     fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count)
 }
 
-impl Drop for Apache {
-    fn drop(&mut self) {
-        let pid = self.pid();
-        // SIGTERM ends the children as well; give it a moment.
-        // SAFETY: no memory is involved; the child has not been waited for, so the pid is its own.
-        unsafe { libc::kill(pid, libc::SIGTERM) };
-        let deadline = Instant::now() + Duration::from_secs(5);
-        let children = self.children();
-        while Instant::now() < deadline {
-            if matches!(self.parent.try_wait(), Ok(Some(_))) {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        for child in children {
-            // SAFETY: as above; the parent lives, so a child's pid can't have been given away without its wait.
-            unsafe { libc::kill(child, libc::SIGKILL) };
-        }
-        let _ = self.parent.kill();
-        let _ = self.parent.wait();
-    }
+/// The user whom a process runs as.
+pub fn user(pid: i32) -> Result<String> {
+    let id = fs::metadata(format!("/proc/{pid}"))?.uid();
+    let user = nix::unistd::User::from_uid(id.into())?;
+    Ok(user.with_context(|| format!("user {id} has no name"))?.name)
 }
 
-/// A bounded load of wrk on the server, in the background.
-pub struct Load(Child);
-
-/// What wrk saw.
-#[derive(Debug, serde::Serialize)]
-pub struct LoadReport {
-    /// Requests that were answered.
-    pub requests: u64,
-    /// Connections that broke, answers that were no 2xx or 3xx, time-outs.
-    pub failed: u64,
-}
-
-impl Load {
-    /// Starts it for `seconds`.
-    pub fn start(server: SocketAddr, seconds: u64) -> Result<Self> {
-        let child = Command::new("/usr/bin/wrk")
-            .args(["-t1", "-c16", &format!("-d{seconds}s"), "--timeout", "10s", &format!("http://{server}/file.bin")])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("wrk can't be started")?;
-        Ok(Self(child))
-    }
-
-    /// Waits for its end.
-    pub fn finish(mut self) -> Result<LoadReport> {
-        let mut text = String::new();
-        if let Some(mut output) = self.0.stdout.take() {
-            std::io::Read::read_to_string(&mut output, &mut text)?;
-        }
-        self.0.wait()?;
-        let number = |word: &str| word.trim_matches(|c: char| !c.is_ascii_digit()).parse::<u64>().unwrap_or(0);
-        let requests = text
-            .lines()
-            .find_map(|line| line.trim().split_once(" requests in").map(|(count, _)| number(count)))
-            .with_context(|| format!("wrk's report can't be read:\n{text}"))?;
-        // "Socket errors: connect 0, read 0, write 0, timeout 0", "Non-2xx or 3xx responses: 1": only where there are any.
-        let errors = text.lines().filter(|line| line.contains("Socket errors:") || line.contains("Non-2xx"));
-        let failed =
-            errors.flat_map(|line| line.split([':', ',', ' '])).map(|word| word.parse::<u64>().unwrap_or(0)).sum();
-        Ok(LoadReport { requests, failed })
-    }
-}
-
-impl Drop for Load {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+/// The program's version, and that it is Debian's own file.
+pub fn version() -> Result<String> {
+    let output = Command::new(PROGRAM).arg("-v").output().context("apache2 can't be started")?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let version = text.split_ascii_whitespace().find_map(|word| word.strip_prefix("Apache/"));
+    let version = version.with_context(|| format!("apache2 -v said {text}"))?.to_owned();
+    let verify = Command::new("dpkg").args(["--verify", "apache2-bin"]).output().context("dpkg can't be started")?;
+    let differences = String::from_utf8_lossy(&verify.stdout);
+    ensure!(!differences.contains(PROGRAM), "{PROGRAM} is not the file of its package: {differences}");
+    Ok(version)
 }

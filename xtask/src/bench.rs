@@ -3,7 +3,9 @@
 use crate::{
     agent::Agent,
     apache::Apache,
-    command, demo, setup,
+    command, demo,
+    owned::{Folder, Owned},
+    setup,
     workers::{self, Workers},
 };
 use anyhow::{Context, Result, bail, ensure};
@@ -55,7 +57,7 @@ pub fn run(what: Option<What>, as_json: bool, rounds: usize) -> Result<()> {
     let asap = command::build_asap(true, &[])?;
     let mut report = serde_json::Map::new();
     for what in what.map_or(ALL.to_vec(), |what| vec![what]) {
-        let folder = tempfile::Builder::new().prefix("asap-bench-").tempdir()?;
+        let folder = Folder::new("asap-bench-")?;
         let (text, figures) = match what {
             What::Pause => pause(&asap, folder.path(), rounds)?,
             What::Calls => calls(&asap, folder.path(), rounds)?,
@@ -244,24 +246,18 @@ fn large(asap: &Path, folder: &Path, rounds: usize) -> Result<(String, Value)> {
     let fix = folder.join("fix.o");
     command::run(std::process::Command::new("gcc").args(["-O2", "-c", "-o"]).arg(&fix).arg(&fix_source))?;
     let agent = Agent::start(asap, folder)?;
-    let mut child = std::process::Command::new(&program).spawn()?;
+    let child = Owned::spawn(&mut std::process::Command::new(&program))?;
     std::thread::sleep(Duration::from_millis(300));
     let (mut attach, mut patch) = (Vec::new(), Vec::new());
-    let measured: Result<()> = (|| {
-        for _ in 0..rounds {
-            let begin = Instant::now();
-            agent.ask(&["attach", "--pid", &child.id().to_string()])?;
-            attach.push(begin.elapsed().as_secs_f64() * 1000.0);
-            let begin = Instant::now();
-            agent.ask(&["patch", "--function", "function_number_299999", fix.to_str().context("a path in UTF-8")?])?;
-            patch.push(begin.elapsed().as_secs_f64() * 1000.0);
-            agent.ask(&["detach", "--revert"])?;
-        }
-        Ok(())
-    })();
-    let _ = child.kill();
-    let _ = child.wait();
-    measured?;
+    for _ in 0..rounds {
+        let begin = Instant::now();
+        agent.ask(&["attach", "--pid", &child.pid().to_string()])?;
+        attach.push(begin.elapsed().as_secs_f64() * 1000.0);
+        let begin = Instant::now();
+        agent.ask(&["patch", "--function", "function_number_299999", fix.to_str().context("a path in UTF-8")?])?;
+        patch.push(begin.elapsed().as_secs_f64() * 1000.0);
+        agent.ask(&["detach", "--revert"])?;
+    }
     let (attach, patch) = (median(&mut attach), median(&mut patch));
     let text = format!(
         "An executable of {size} MB with {FUNCTIONS} symbols, ms, medians: attach {attach:.1}, patch {patch:.1}\n"

@@ -6,7 +6,10 @@ mod bench;
 mod command;
 mod demo;
 mod http;
+mod load;
+mod owned;
 mod setup;
+mod snapshot;
 mod test;
 mod workers;
 
@@ -31,11 +34,7 @@ enum Task {
         filter: Option<String>,
     },
     /// Repair a live Apache under load, and show what happened.
-    Demo {
-        /// Print the figures as JSON.
-        #[arg(long)]
-        json: bool,
-    },
+    Demo(demo::Options),
     /// Measure.
     Bench {
         /// What to measure; everything if left out.
@@ -50,12 +49,13 @@ enum Task {
 }
 
 fn main() -> ExitCode {
-    let result = match Arguments::parse().task {
+    let task = Arguments::parse().task;
+    let result = owned::clean_up_on_signals().and_then(|()| match task {
         Task::Setup => setup::run(),
         Task::Test { filter } => test::run(filter.as_deref()),
-        Task::Demo { json } => demo::run(json),
+        Task::Demo(options) => demo::run(options),
         Task::Bench { what, json, rounds } => bench::run(what, json, rounds),
-    };
+    });
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

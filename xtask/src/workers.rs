@@ -1,16 +1,16 @@
 //! The benchmarks' worker program: compiled, started, talked to.
 
-use crate::command;
+use crate::{command, owned::Owned};
 use anyhow::{Context, Result, bail};
 use std::{
     io::{BufRead, BufReader, Write},
     path::{Path, PathBuf},
-    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+    process::{ChildStdin, ChildStdout, Command, Stdio},
 };
 
 /// A running worker program; ends with this value.
 pub struct Workers {
-    child: Child,
+    child: Owned,
     input: ChildStdin,
     output: BufReader<ChildStdout>,
 }
@@ -39,20 +39,17 @@ pub fn compile(directory: &Path, source: &str, arguments: &[&str], output: &str)
 impl Workers {
     /// Starts `threads` workers.
     pub fn start(program: &Path, threads: usize, hot: bool) -> Result<Self> {
-        let mut child = Command::new(program)
-            .args([threads.to_string().as_str(), if hot { "hot" } else { "paced" }])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("the workers can't be started")?;
-        let input = child.stdin.take().context("a pipe")?;
-        let output = BufReader::new(child.stdout.take().context("a pipe")?);
+        let mut command = Command::new(program);
+        command.args([threads.to_string().as_str(), if hot { "hot" } else { "paced" }]);
+        let mut child = Owned::spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()))?;
+        let input = child.stdin().context("a pipe")?;
+        let output = BufReader::new(child.stdout().context("a pipe")?);
         Ok(Self { child, input, output })
     }
 
     /// Process id.
     pub fn pid(&self) -> i32 {
-        self.child.id() as i32
+        self.child.pid()
     }
 
     fn ask(&mut self, word: &str) -> Result<String> {
@@ -81,12 +78,5 @@ impl Workers {
     /// Nanoseconds per call of the function.
     pub fn calls(&mut self) -> Result<f64> {
         self.ask("calls")?.trim().parse().context("a number")
-    }
-}
-
-impl Drop for Workers {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }

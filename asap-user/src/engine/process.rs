@@ -9,6 +9,7 @@ use crate::{
     address::{PAGE_SIZE, TargetAddr},
     process::{
         gate::Gatekeeper,
+        info::ProcessInfo,
         inject::Gadgets,
         maps::Maps,
         memory::Memory,
@@ -17,13 +18,7 @@ use crate::{
     },
     report::{Failure, PatchId, ProcessReport},
 };
-use std::{
-    collections::BTreeMap,
-    io,
-    ops::Range,
-    os::fd::{AsFd, OwnedFd},
-    time::Duration,
-};
+use std::{collections::BTreeMap, io, ops::Range, time::Duration};
 
 /// Reach of a 32-bit displacement, less room for what lies behind the addressed byte.
 pub const REACH: u64 = (1 << 31) - (1 << 20);
@@ -33,8 +28,8 @@ pub const REACH: u64 = (1 << 31) - (1 << 20);
 pub struct TargetProcess {
     /// Process id.
     pub pid: i32,
-    /// Names the process for ever.
-    pidfd: OwnedFd,
+    /// Names the process for ever, together with the id.
+    start_time: u64,
     /// Its memory.
     pub memory: Memory,
     gadgets: Gadgets,
@@ -81,8 +76,7 @@ impl TargetProcess {
     /// # Errors
     /// It can't be a target; it is as it was.
     pub fn attach(pid: i32) -> Result<Self, Failure> {
-        refuse::check(pid)?;
-        let pidfd = puppet::pidfd_open(pid).map_err(|error| gone(pid, error))?;
+        let info = refuse::check(pid)?;
         let failed = |error: io::Error| match error.kind() {
             io::ErrorKind::NotFound => Failure::refused(format!("process {pid} ended"), "look the process up again"),
             _ => refused(pid, error),
@@ -99,7 +93,7 @@ impl TargetProcess {
         let adopted = left.is_some();
         let mut process = Self {
             pid,
-            pidfd,
+            start_time: info.start_time,
             memory,
             gadgets,
             puppet,
@@ -177,10 +171,8 @@ impl TargetProcess {
     /// The process is the one that was attached, and lives.
     #[must_use]
     pub fn is_alive(&self) -> bool {
-        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-        // Readable when the process has ended (pidfd_open(2)).
-        let mut ended = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
-        matches!(poll(&mut ended, PollTimeout::ZERO), Ok(0))
+        ProcessInfo::of(self.pid)
+            .is_ok_and(|info| info.start_time == self.start_time && !matches!(info.state, 'Z' | 'X'))
     }
 
     /// Its mappings now.

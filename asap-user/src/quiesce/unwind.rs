@@ -494,6 +494,3 @@ fn step_simple(
     *registers = WalkRegisters { ip, values: new };
     Ok(Some(false))
 }
-
-#[cfg(test)]
-mod tests;
