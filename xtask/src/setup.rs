@@ -1,54 +1,151 @@
-//! `cargo xtask setup`: checks what the tests, the demo and the benchmarks need, and installs what is missing.
+//! `cargo xtask setup`: checks what building, tests, demo and benchmarks need, and installs what is missing. It speaks on standard
+//! error: standard output belongs to the task that called it.
 
 use crate::command;
-use anyhow::{Result, bail};
-use std::{path::Path, process::Command};
+use anyhow::{Context, Result, bail, ensure};
+use std::{
+    fs,
+    io::{ErrorKind, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::Path,
+    process::{Command, Stdio},
+};
 
-/// A file that must be there, the Debian package that brings it, and what it is for.
-const NEEDED: [(&str, &str, &str); 11] = [
-    ("/usr/bin/gcc", "gcc", "test programs and patches"),
-    ("/usr/bin/g++", "g++", "test programs and patches in C++"),
-    ("/usr/bin/clang", "clang", "patches by another compiler"),
-    ("/usr/include/stdio.h", "libc6-dev", "test programs"),
-    ("/usr/bin/objcopy", "binutils", "tests of debug files"),
-    ("/usr/bin/xz", "xz-utils", "tests of debug files"),
-    ("/usr/bin/gdb", "gdb", "tests beside a debugger"),
-    ("/usr/sbin/apache2", "apache2-bin", "the server of the demo"),
-    ("/usr/include/apache2/httpd.h", "apache2-dev", "the demo's patch"),
-    ("/usr/bin/wrk", "wrk", "load for the demo"),
-    ("/usr/bin/unshare", "util-linux", "tests of namespaces"),
+/// What is needed.
+struct Need {
+    /// A file that must be there.
+    file: &'static str,
+    /// The Debian package that brings it.
+    package: &'static str,
+    /// What for.
+    purpose: &'static str,
+    /// Only what root alone can run needs it.
+    root_only: bool,
+}
+
+const fn need(file: &'static str, package: &'static str, purpose: &'static str) -> Need {
+    Need { file, package, purpose, root_only: false }
+}
+
+const fn need_of_root(file: &'static str, package: &'static str, purpose: &'static str) -> Need {
+    Need { file, package, purpose, root_only: true }
+}
+
+const NEEDED: [Need; 12] = [
+    need("/usr/bin/gcc", "gcc", "test programs and patches"),
+    need("/usr/bin/g++", "g++", "test programs and patches in C++"),
+    need("/usr/bin/clang", "clang", "patches by another compiler"),
+    need("/usr/include/stdio.h", "libc6-dev", "test programs"),
+    need("/usr/bin/objcopy", "binutils", "tests of debug files"),
+    need("/usr/bin/xz", "xz-utils", "tests of debug files"),
+    need("/usr/bin/unshare", "util-linux", "tests of namespaces"),
+    need_of_root("/usr/bin/gdb", "gdb", "tests beside a debugger"),
+    need_of_root("/usr/sbin/apache2", "apache2-bin", "the server of the demo"),
+    need_of_root("/usr/include/apache2/httpd.h", "apache2-dev", "the demo's patch"),
+    need_of_root("/usr/include/apr-1.0/apr.h", "libapr1-dev", "the demo's patch"),
+    need_of_root("/usr/bin/wrk", "wrk", "load for the demo"),
 ];
+
+fn missing() -> Vec<&'static Need> {
+    NEEDED.iter().filter(|need| !Path::new(need.file).exists()).collect()
+}
+
+/// The packages of needs, each once.
+fn packages(needs: &[&Need]) -> Vec<&'static str> {
+    let mut packages: Vec<_> = needs.iter().map(|need| need.package).collect();
+    packages.sort_unstable();
+    packages.dedup();
+    packages
+}
 
 /// Installs what is missing; says each thing it does.
 pub fn run() -> Result<()> {
-    let missing: Vec<_> = NEEDED.iter().filter(|(file, ..)| !Path::new(file).exists()).collect();
+    let missing = missing();
     if missing.is_empty() {
-        println!("setup: nothing to do");
+        eprintln!("setup: nothing to do");
         return Ok(());
     }
-    for (file, package, purpose) in &missing {
-        println!("setup: {file} is missing ({purpose}): package {package}");
+    for Need { file, package, purpose, .. } in &missing {
+        eprintln!("setup: {file} is missing ({purpose}): package {package}");
     }
-    let packages: Vec<&str> = missing.iter().map(|(_, package, _)| *package).collect();
+    let packages = packages(&missing);
+    let by_hand = format!("apt-get install --no-install-recommends {}", packages.join(" "));
     if !command::is_root() {
-        bail!("not root: install them yourself: apt-get install {}", packages.join(" "));
+        if missing.iter().all(|need| need.root_only) {
+            eprintln!("setup: what only root can run would need: {by_hand}");
+            return Ok(());
+        }
+        bail!("something that is needed is missing, and only root can install it: {by_hand}");
     }
-    if !Path::new("/usr/bin/apt-get").exists() {
-        bail!("this is no Debian system: install by hand what brings these files");
-    }
-    println!("setup: apt-get update");
-    command::run(Command::new("apt-get").args(["update", "-qq"]))?;
-    println!("setup: apt-get install {}", packages.join(" "));
-    let mut install = Command::new("apt-get");
-    install.args(["install", "-y", "-qq", "--no-install-recommends"]).args(&packages);
-    // Packages must not start their services: the tests start their own, on loopback.
-    install.env("DEBIAN_FRONTEND", "noninteractive").env("RUNLEVEL", "1").env("APACHE2_NOSTART", "1");
-    install.stdout(std::process::Stdio::null());
-    command::run(&mut install)?;
-    let still: Vec<_> = NEEDED.iter().filter(|(file, ..)| !Path::new(file).exists()).map(|(file, ..)| *file).collect();
-    if !still.is_empty() {
-        bail!("still missing after installation: {}", still.join(", "));
-    }
-    println!("setup: done");
+    ensure!(
+        Path::new("/usr/bin/apt-get").exists(),
+        "this is no Debian system: install by hand what brings the files named above"
+    );
+    let policy = NoServices::declare()?;
+    let installed = install(&packages);
+    drop(policy);
+    installed?;
+    let still: Vec<_> = self::missing().iter().map(|need| need.file).collect();
+    ensure!(still.is_empty(), "still missing after installation: {}", still.join(", "));
+    eprintln!("setup: done");
     Ok(())
+}
+
+/// apt-get with words of its own only where it fails.
+fn apt_get(arguments: &[&str]) -> Result<()> {
+    eprintln!("setup: apt-get {}", arguments.join(" "));
+    let mut apt = Command::new("apt-get");
+    // Another apt may be at work (a machine that has just booted): wait for it.
+    apt.args(["-qq", "-o", "DPkg::Lock::Timeout=300"]).args(arguments);
+    apt.env("DEBIAN_FRONTEND", "noninteractive").stdin(Stdio::null());
+    let output = apt.output().context("apt-get can't be started")?;
+    if !output.status.success() {
+        eprint!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        bail!("apt-get {} ended with {}", arguments.join(" "), output.status);
+    }
+    Ok(())
+}
+
+fn install(packages: &[&str]) -> Result<()> {
+    apt_get(&["update"])?;
+    apt_get(&[&["install", "--yes", "--no-install-recommends"], packages].concat())
+}
+
+/// While this lives, packages that are installed do not start services (invoke-rc.d(8)): the demo starts its own server, on
+/// loopback, and nobody asked for another.
+struct NoServices {
+    ours: bool,
+}
+
+const POLICY: &str = "/usr/sbin/policy-rc.d";
+/// What makes a left-over of ours known.
+const SIGNATURE: &str = "# of `cargo xtask setup`: exists only while it installs packages";
+
+impl NoServices {
+    fn declare() -> Result<Self> {
+        let mut options = fs::File::options();
+        match options.write(true).create_new(true).mode(0o755).open(POLICY) {
+            Ok(mut file) => {
+                let policy = Self { ours: true };
+                write!(file, "#!/bin/sh\n{SIGNATURE}\nexit 101\n")
+                    .with_context(|| format!("{POLICY} can't be written"))?;
+                Ok(policy)
+            }
+            // The administrator's, which stays; or one of a run that was killed, which is put right.
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                Ok(Self { ours: fs::read_to_string(POLICY).is_ok_and(|text| text.contains(SIGNATURE)) })
+            }
+            Err(error) => Err(error).with_context(|| format!("{POLICY} can't be made")),
+        }
+    }
+}
+
+impl Drop for NoServices {
+    fn drop(&mut self) {
+        if self.ours
+            && let Err(error) = fs::remove_file(POLICY)
+        {
+            eprintln!("setup: {POLICY} can't be removed ({error}): please do, services won't start otherwise");
+        }
+    }
 }
