@@ -168,6 +168,11 @@ impl Operations for Engine {
 
     fn status(&mut self, request: &StatusRequest) -> Result<StatusReport, Failure> {
         self.housekeeping();
+        for target in self.targets.values_mut() {
+            if let Err(failure) = target.discover() {
+                tracing::warn!(pid = target.root, %failure, "a child process could not be taken into care");
+            }
+        }
         let targets = match request.pid {
             Some(pid) => {
                 let pid = self.meant(Some(pid))?;
@@ -186,10 +191,10 @@ impl Operations for Engine {
             }
             alive
         });
+        // The helpers of processes that have ended go with them; new children carry the patches that their parents had, and
+        // are taken into care when something is asked about them.
         for target in self.targets.values_mut() {
-            if let Err(failure) = target.discover() {
-                tracing::warn!(pid = target.root, %failure, "a child process could not be taken into care");
-            }
+            target.processes.retain(|_, process| process.is_alive());
         }
     }
 }

@@ -9,7 +9,6 @@ use crate::{
     address::{PAGE_SIZE, TargetAddr},
     process::{
         gate::Gatekeeper,
-        info::ProcessInfo,
         inject::Gadgets,
         maps::Maps,
         memory::Memory,
@@ -18,7 +17,13 @@ use crate::{
     },
     report::{Failure, PatchId, ProcessReport},
 };
-use std::{collections::BTreeMap, io, ops::Range, time::Duration};
+use std::{
+    collections::BTreeMap,
+    io,
+    ops::Range,
+    os::fd::{AsFd, OwnedFd},
+    time::Duration,
+};
 
 /// Reach of a 32-bit displacement, less room for what lies behind the addressed byte.
 pub const REACH: u64 = (1 << 31) - (1 << 20);
@@ -28,8 +33,8 @@ pub const REACH: u64 = (1 << 31) - (1 << 20);
 pub struct TargetProcess {
     /// Process id.
     pub pid: i32,
-    /// Names the process for ever, together with the id.
-    start_time: u64,
+    /// Names the process for ever.
+    pidfd: OwnedFd,
     /// Its memory.
     pub memory: Memory,
     gadgets: Gadgets,
@@ -76,7 +81,8 @@ impl TargetProcess {
     /// # Errors
     /// It can't be a target; it is as it was.
     pub fn attach(pid: i32) -> Result<Self, Failure> {
-        let info = refuse::check(pid)?;
+        refuse::check(pid)?;
+        let pidfd = puppet::pidfd_open(pid).map_err(|error| gone(pid, error))?;
         let failed = |error: io::Error| match error.kind() {
             io::ErrorKind::NotFound => Failure::refused(format!("process {pid} ended"), "look the process up again"),
             _ => refused(pid, error),
@@ -93,7 +99,7 @@ impl TargetProcess {
         let adopted = left.is_some();
         let mut process = Self {
             pid,
-            start_time: info.start_time,
+            pidfd,
             memory,
             gadgets,
             puppet,
@@ -171,8 +177,10 @@ impl TargetProcess {
     /// The process is the one that was attached, and lives.
     #[must_use]
     pub fn is_alive(&self) -> bool {
-        ProcessInfo::of(self.pid)
-            .is_ok_and(|info| info.start_time == self.start_time && !matches!(info.state, 'Z' | 'X'))
+        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        // Readable when the process has ended (pidfd_open(2)).
+        let mut ended = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+        matches!(poll(&mut ended, PollTimeout::ZERO), Ok(0))
     }
 
     /// Its mappings now.

@@ -98,19 +98,45 @@ pub fn children(pid: i32) -> Vec<i32> {
     children
 }
 
-/// Signals that are pending for the thread and not blocked by it, as a mask (bit n-1 is signal n).
-#[must_use]
-pub fn deliverable_signals(tid: i32) -> u64 {
-    let Ok(status) = fs::read(format!("/proc/{tid}/status")) else { return 0 };
-    let status = String::from_utf8_lossy(&status);
-    let mask = |name: &str| {
-        status
-            .lines()
-            .find_map(|line| line.strip_prefix(name))
-            .and_then(|text| u64::from_str_radix(text.trim(), 16).ok())
-            .unwrap_or(0)
-    };
-    (mask("SigPnd:") | mask("ShdPnd:")) & !mask("SigBlk:")
+/// Signals of a thread, as masks (bit n-1 is signal n).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Signals {
+    /// Waiting to be delivered.
+    pub pending: u64,
+    /// Held back by the thread.
+    pub blocked: u64,
+    /// The process has a handler.
+    pub caught: u64,
+}
+
+impl Signals {
+    /// Of thread `tid`; nothing if it has ended.
+    #[must_use]
+    pub fn of(tid: i32) -> Self {
+        let Ok(status) = fs::read(format!("/proc/{tid}/status")) else { return Self::default() };
+        Self::parse(&String::from_utf8_lossy(&status))
+    }
+
+    fn parse(status: &str) -> Self {
+        let mask = |name: &str| {
+            let text = status.lines().find_map(|line| line.strip_prefix(name));
+            text.and_then(|text| u64::from_str_radix(text.trim(), 16).ok()).unwrap_or(0)
+        };
+        Self { pending: mask("SigPnd:") | mask("ShdPnd:"), blocked: mask("SigBlk:"), caught: mask("SigCgt:") }
+    }
+
+    /// Whether a handler is about to run: then a system call ends with EINTR as the program expects. Signals that are ignored
+    /// don't count: the kernel keeps them only because the thread is traced, and drops them when it is not.
+    #[must_use]
+    pub fn handler_is_due(self) -> bool {
+        self.pending & !self.blocked & self.caught != 0
+    }
+
+    /// Whether there is a handler for `signal`.
+    #[must_use]
+    pub fn catches(self, signal: i32) -> bool {
+        u32::try_from(signal - 1).is_ok_and(|bit| bit < 64 && self.caught >> bit & 1 == 1)
+    }
 }
 
 #[cfg(test)]
@@ -130,5 +156,15 @@ mod tests {
         let stat = "7 (a) b) S 1 7 7 0 -1 4194304 1 0 0 0 0 0 0 0 20 0 1 0 987 1 1";
         let info = ProcessInfo::parse("Name:\ta) b\nState:\tS (sleeping)\nPPid:\t1\nVmSize: 4 kB\nSeccomp:\t2\n", stat);
         assert_eq!((info.start_time, info.state, info.seccomp, info.kernel_thread), (987, 'S', 2, false));
+    }
+
+    #[test]
+    fn only_a_signal_with_a_handler_is_due() {
+        let status = "SigPnd:\t0000000000000000\nShdPnd:\t0000000000410000\nSigBlk:\t0000000000000000\nSigCgt:\t0000000000010000\n";
+        let signals = Signals::parse(status);
+        assert!(signals.handler_is_due() && signals.catches(17) && !signals.catches(23));
+        assert!(!Signals { caught: 1, ..signals }.handler_is_due());
+        assert!(!Signals { blocked: 0x1_0000, ..signals }.handler_is_due());
+        assert!(!signals.catches(0) && !signals.catches(65));
     }
 }

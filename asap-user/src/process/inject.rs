@@ -123,7 +123,7 @@ impl Injection {
         let tid = thread.tid();
         let original = thread.registers()?;
         let mask = thread.signal_mask()?;
-        let signal_is_due = info::deliverable_signals(tid) != 0;
+        let signal_is_due = info::Signals::of(tid).handler_is_due();
         let state = sigframe::ThreadState {
             registers: original,
             extended: thread.extended_state()?,

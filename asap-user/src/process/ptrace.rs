@@ -353,18 +353,20 @@ impl Stopped {
     }
 
     fn let_go(&self) -> Result<(), TraceError> {
-        let signal = match self.reason {
-            StopReason::Interrupt => {
-                // The kernel restarts calls that may be restarted by itself; those that end with EINTR are ours to mend.
-                let registers = self.registers()?;
-                if registers.rax as i64 == EINTR && (registers.orig_rax as i64) >= 0 {
-                    self.set_registers(&restarted(registers, info::deliverable_signals(self.tid) != 0))?;
-                }
-                0
-            }
-            StopReason::Signal(signal) => signal,
-            _ => 0,
+        let (signal, mend) = match self.reason {
+            StopReason::Interrupt => (0, true),
+            StopReason::Signal(signal) => (signal, true),
+            _ => (0, false),
         };
+        if mend {
+            // The kernel restarts calls that may be restarted by itself; those that end with EINTR are ours to mend.
+            let registers = self.registers()?;
+            if registers.rax as i64 == EINTR && (registers.orig_rax as i64) >= 0 {
+                let signals = info::Signals::of(self.tid);
+                let due = signals.handler_is_due() || signals.catches(signal);
+                self.set_registers(&restarted(registers, due))?;
+            }
+        }
         request(self.tid, "PTRACE_DETACH", libc::PTRACE_DETACH, 0, signal as usize)?;
         Ok(())
     }

@@ -110,7 +110,11 @@ pub struct Borrowed {
     pub stop: Duration,
 }
 
-fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
+/// A descriptor that names process `pid` for ever (pidfd_open(2)).
+///
+/// # Errors
+/// There is no such process.
+pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     // SAFETY: no pointers; a non-negative result is a new descriptor that nobody else owns.
     unsafe {
         let fd = libc::syscall(libc::SYS_pidfd_open, pid, 0);

@@ -112,6 +112,11 @@ impl OpenThreads {
         })
     }
 
+    /// Closes the files of `tid`: they say nothing any more, and its number may be given to another thread.
+    pub(super) fn close(&mut self, tid: i32) {
+        self.0.remove(&tid);
+    }
+
     /// Closes the files of threads that `keep` does not name.
     pub(super) fn retain(&mut self, keep: impl Fn(i32) -> bool) {
         self.0.retain(|&tid, _| keep(tid));

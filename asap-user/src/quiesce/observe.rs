@@ -110,6 +110,8 @@ impl Observation {
 /// How long threads that run are given to go to sleep before they are stopped, and how long each nap of ours is meanwhile.
 const PATIENCE: Duration = Duration::from_millis(1);
 const NAP: Duration = Duration::from_micros(50);
+/// How many times the list of threads is read again for newcomers.
+const RELISTS: usize = 3;
 
 fn judge(walk: StackWalk, regions: &[Region]) -> (Place, Vec<TargetAddr>) {
     let inside = regions
@@ -124,6 +126,11 @@ fn judge(walk: StackWalk, regions: &[Region]) -> (Place, Vec<TargetAddr>) {
         }
     };
     (place, walk.frames)
+}
+
+/// Whether a thread has not executed anything yet: it comes out of the call that made it, which returns 0 to the new one.
+fn is_newborn(registers: &libc::user_regs_struct) -> bool {
+    registers.rax == 0 && [libc::SYS_clone, libc::SYS_clone3].contains(&(registers.orig_rax as i64))
 }
 
 /// Observes threads of one process.
@@ -155,8 +162,7 @@ impl<'a> Observer<'a> {
         self
     }
 
-    /// All threads. `known` are earlier observations: they hold for threads that have not run since. Threads that are created
-    /// meanwhile are not looked at: with the gates closed they can't get inside.
+    /// All threads. `known` are earlier observations: they hold for threads that have not run since.
     ///
     /// # Errors
     /// The process is gone.
@@ -164,16 +170,45 @@ impl<'a> Observer<'a> {
         let mut known = known;
         let mut folder = TaskFolder::open(self.pid)?;
         let mut seen = self.by_snapshot(&mut known);
-        let mut awake = info::threads(self.pid)?;
-        seen.retain(|tid, _| awake.binary_search(tid).is_ok());
+        let threads = info::threads(self.pid)?;
+        seen.retain(|tid, _| threads.binary_search(tid).is_ok());
+        self.look_at(threads, &mut known, &mut seen, &mut folder);
+        // A thread that is made meanwhile can't get inside when the gates are closed, but it may have been born there; and the
+        // kernel may leave some out of a list that changes while it is read. Those who are made still later are made by
+        // threads that were seen.
+        for _ in 0..RELISTS {
+            let newcomers: Vec<i32> =
+                info::threads(self.pid)?.into_iter().filter(|tid| !seen.contains_key(tid)).collect();
+            if newcomers.is_empty() {
+                break;
+            }
+            self.look_at(newcomers, &mut known, &mut seen, &mut folder);
+        }
+        self.open.retain(|tid| seen.contains_key(&tid));
+        Ok(seen)
+    }
+
+    /// Looks at the threads `awake`; those that have ended are left out.
+    fn look_at(
+        &mut self,
+        mut awake: Vec<i32>,
+        known: &mut HashMap<i32, Observation>,
+        seen: &mut HashMap<i32, Observation>,
+        folder: &mut TaskFolder,
+    ) {
         awake.retain(|tid| !seen.contains_key(tid));
         let patient_until = Instant::now() + PATIENCE;
+        let mut dead_are_out = false;
         loop {
             awake.retain(|&tid| {
-                let held = known.remove(&tid).filter(|old| self.holds(old, &mut folder));
-                let observed = held.or_else(|| self.asleep(tid, &mut folder));
+                let held = known.remove(&tid).filter(|old| self.holds(old, folder));
+                let observed = held.or_else(|| self.asleep(tid, folder));
                 observed.map(|observed| seen.insert(tid, observed)).is_none()
             });
+            if !std::mem::replace(&mut dead_are_out, true) {
+                // The first thread of a process stays in the list when it has ended before the others.
+                awake.retain(|&tid| !folder.is_dead(tid));
+            }
             if awake.is_empty() || Instant::now() >= patient_until {
                 break;
             }
@@ -181,16 +216,10 @@ impl<'a> Observer<'a> {
             std::thread::sleep(NAP);
         }
         for tid in awake {
-            // The first thread of a process stays in the list when it has ended before the others.
-            if folder.is_dead(tid) {
-                continue;
-            }
             if let Some(observed) = self.stopped(tid) {
                 seen.insert(tid, observed);
             }
         }
-        self.open.retain(|tid| seen.contains_key(&tid));
-        Ok(seen)
     }
 
     /// Whether an earlier observation is still true.
@@ -258,7 +287,10 @@ impl<'a> Observer<'a> {
 
     fn asleep(&mut self, tid: i32, folder: &mut TaskFolder) -> Option<Observation> {
         let files = self.open.get(tid, folder)?;
-        let before = folder.epoch(&files.clock)?;
+        let Some(before) = folder.epoch(&files.clock) else {
+            self.open.close(tid);
+            return None;
+        };
         let (ip, sp) = folder.sleeping_at(&files.syscall)?;
         let (place, frames) = self.walk(&WalkRegisters::bare(ip, sp), &[]);
         // More registers may help.
@@ -291,6 +323,11 @@ impl<'a> Observer<'a> {
     /// The stack of a thread that is stopped already.
     pub fn walk_stopped(&mut self, thread: &Stopped) -> Option<(Place, Vec<TargetAddr>)> {
         let registers = thread.registers().ok()?;
-        Some(self.walk(&WalkRegisters::of(&registers), &[]))
+        let (place, frames) = self.walk(&WalkRegisters::of(&registers), &[]);
+        // The C library's clone has no unwind table behind the system call, for there is nothing to unwind to.
+        if matches!(place, Place::Unknown(_)) && frames.len() == 1 && is_newborn(&registers) {
+            return Some((Place::Outside, frames));
+        }
+        Some((place, frames))
     }
 }

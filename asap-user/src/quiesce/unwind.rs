@@ -494,3 +494,6 @@ fn step_simple(
     *registers = WalkRegisters { ip, values: new };
     Ok(Some(false))
 }
+
+#[cfg(test)]
+mod tests;
