@@ -3,7 +3,7 @@
 use super::{
     check::{Checker, Observers},
     deadline,
-    exchange::{Exchange, record},
+    exchange::{Exchange, OldMemory, free_leftover, record},
     hooks,
     ledger::AppliedPatch,
     micros_since,
@@ -235,6 +235,7 @@ impl Work<'_> {
             for span in spans {
                 process.release(span);
             }
+            let _ = record(process, |ledger| ledger.staging.clear());
         }
         installed
     }
@@ -259,12 +260,13 @@ impl Work<'_> {
         let mut goal = process.book.ledger.patches.clone();
         goal.push(patch);
         let done = (|| {
-            let exchange = Exchange::prepare(process, goal)?;
+            let exchange = Exchange::prepare(process, goal, OldMemory::Free)?;
             let mut checker = Checker::new(process, modules, observers, regions);
             let mut at_quiescence = |process: &mut TargetProcess| hooks::run(process, &hooks.pre_apply);
             let done = transaction::run(process, exchange, &mut checker, self.terms, &mut at_quiescence)?;
             let next = self.identity.id.0 + 1;
             record(process, |ledger| ledger.next_patch = ledger.next_patch.max(next))?;
+            free_leftover(process)?;
             Ok(done)
         })();
         if done.is_err()

@@ -2,7 +2,7 @@
 //! recorded in the target before it is taken, so that whoever comes later can finish it.
 
 use super::{
-    ledger::{AppliedPatch, ChangedPage, Pending},
+    ledger::{AppliedPatch, ChangedPage, Pending, Span},
     process::{TargetProcess, explain, gone},
     text::{self, Jumps},
 };
@@ -39,6 +39,19 @@ struct PageChange {
 pub struct Exchange {
     goal: Vec<AppliedPatch>,
     changes: Vec<PageChange>,
+    /// What becomes of the memory of patches that are taken out.
+    memory: OldMemory,
+}
+
+/// What becomes of the memory of patches that are taken out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OldMemory {
+    /// Nobody is inside: it can be unmapped.
+    Free,
+    /// Old activations may run on in it: it stays until the process is left.
+    Linger,
+    /// As `Linger`, and the target's unwinder keeps pointing to it: it stays for ever.
+    Keep,
 }
 
 /// Closed gates; they end with [`Exchange::commit`] or [`Exchange::reopen`].
@@ -65,7 +78,7 @@ impl Exchange {
     ///
     /// # Errors
     /// The text is not what it should be (somebody else changed it), or the kernel refuses. Nothing is left then.
-    pub fn prepare(process: &mut TargetProcess, goal: Vec<AppliedPatch>) -> Result<Self, Failure> {
+    pub fn prepare(process: &mut TargetProcess, goal: Vec<AppliedPatch>, memory: OldMemory) -> Result<Self, Failure> {
         let pid = process.pid;
         let unreachable = || {
             Failure::refused(format!("a replacement in process {pid} is out of reach of its function"), "report this")
@@ -74,9 +87,13 @@ impl Exchange {
         let after = text::jumps(&goal).ok_or_else(unreachable)?;
         let pages: BTreeSet<TargetAddr> = text::differing_pages(&before, &after);
         let pending = Pending { goal: goal.clone(), pages: pages.iter().copied().collect() };
-        record(process, |ledger| ledger.pending = Some(pending))?;
+        record(process, |ledger| {
+            ledger.pending = Some(pending);
+            // From here on the goal says what memory it needs.
+            ledger.staging.clear();
+        })?;
         crate::fault::point("exchange.recorded");
-        let mut exchange = Self { goal, changes: Vec::new() };
+        let mut exchange = Self { goal, changes: Vec::new(), memory };
         for page in pages {
             match prepare_page(process, page, &before, &after) {
                 Ok(change) => exchange.changes.push(change),
@@ -188,10 +205,20 @@ impl Exchange {
             .map(|change| ChangedPage { page: change.page, spare: change.spare })
             .collect();
         let goal = std::mem::take(&mut self.goal);
+        let old = process.book.ledger.patches.iter().filter(|patch| goal.iter().all(|kept| kept.id != patch.id));
+        let old: Vec<_> =
+            old.flat_map(|patch| [patch.code, patch.rodata, patch.data]).filter(|span| !span.is_empty()).collect();
+        let memory = self.memory;
         record(process, |ledger| {
             ledger.patches = goal;
             ledger.pending = None;
             ledger.pages.retain(|page| !clean.contains(page));
+            ledger.leftover.extend(clean.iter().map(|page| page.spare_span()));
+            match memory {
+                OldMemory::Free => ledger.leftover.extend(old),
+                OldMemory::Linger => ledger.lingering.extend(old),
+                OldMemory::Keep => {}
+            }
         })?;
         crate::fault::point("commit.recorded");
         for page in clean {
@@ -352,12 +379,48 @@ fn prepare_page(
     Ok(PageChange { page, spare, before: now, after: rendered, clean, next: Some(next) })
 }
 
+/// Unmaps what the ledger says is no longer used.
+///
+/// # Errors
+/// The process is gone.
+pub fn free_leftover(process: &mut TargetProcess) -> Result<(), Failure> {
+    if process.book.ledger.leftover.is_empty() {
+        return Ok(());
+    }
+    for span in process.book.ledger.leftover.clone() {
+        process.release(span);
+    }
+    record(process, |ledger| ledger.leftover.clear())
+}
+
+/// Removes memory that an agent had mapped or was about to unmap when it died: what is still there as it was recorded.
+fn remove_remains(process: &mut TargetProcess) -> Result<(), Failure> {
+    let maps = process.maps()?;
+    let is_there = |span: &Span| maps.at(span.start).is_some_and(|m| m.range == span.range() && !m.shared);
+    let (staging, leftover) = (process.book.ledger.staging.clone(), process.book.ledger.leftover.clone());
+    // Mapped one after the other: without the first part none is ours.
+    let ours = |span: &Span| maps.at(span.start).is_some_and(|m| m.inode == 0 && m.executable && !m.writable);
+    let staged = staging.first().is_some_and(|first| is_there(first) && ours(first));
+    let remains: Vec<Span> = staging.into_iter().filter(|_| staged).chain(leftover).filter(is_there).collect();
+    for span in remains {
+        process.release(span);
+    }
+    if !process.book.ledger.staging.is_empty() || !process.book.ledger.leftover.is_empty() {
+        record(process, |ledger| {
+            ledger.staging.clear();
+            ledger.leftover.clear();
+        })?;
+    }
+    Ok(())
+}
+
 /// Finishes a transaction that an agent left when it died, or that a child was forked out of: forward if every page carries
 /// its new content, else back. Then removes what lies about.
 ///
 /// # Errors
 /// The process is gone, or the kernel refuses.
 pub fn recover(process: &mut TargetProcess) -> Result<(), Failure> {
+    remove_remains(process)?;
     let Some(pending) = process.book.ledger.pending.clone() else { return Ok(()) };
     let pid = process.pid;
     let before = text::jumps(&process.book.ledger.patches).unwrap_or_default();

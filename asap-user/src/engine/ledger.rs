@@ -13,8 +13,9 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::{io, ops::Range};
 
-/// Length of the home region, bytes: the puppet's own page, then the two slots.
-pub const HOME_LENGTH: u64 = 256 * 1024;
+/// Length of the home region, bytes: the puppet's own page, then the two slots. An odd number of pages: whoever finds an
+/// empty region of just this length and protection has found a home whose agent died before it could move in.
+pub const HOME_LENGTH: u64 = 65 * 4096;
 const SLOT_LENGTH: u64 = (HOME_LENGTH - Puppet::OWN_LENGTH) / 2;
 /// Sequence number, length, checksum.
 const SLOT_HEADER: usize = 24;
@@ -150,6 +151,14 @@ pub struct ChangedPage {
     pub spare: TargetAddr,
 }
 
+impl ChangedPage {
+    /// The memory of the spare.
+    #[must_use]
+    pub fn spare_span(&self) -> Span {
+        Span { start: self.spare, end: self.spare.offset(crate::address::PAGE_SIZE as i64) }
+    }
+}
+
 /// A transaction that is under way. An agent that finds one finishes it: forward if all its pages carry the new content,
 /// else back.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -175,6 +184,12 @@ pub struct Ledger {
     pub patches: Vec<AppliedPatch>,
     /// Changed text pages.
     pub pages: Vec<ChangedPage>,
+    /// Where memory for a patch is about to be mapped: code, constants, variables.
+    #[serde(default)]
+    pub staging: Vec<Span>,
+    /// What is no longer used and about to be unmapped.
+    #[serde(default)]
+    pub leftover: Vec<Span>,
     /// Memory of reverted patches that old activations may still use (`--consistency lazy`).
     pub lingering: Vec<Span>,
     /// The transaction under way.
@@ -248,6 +263,23 @@ impl LedgerBook {
             memory.read(start.offset(MARK_AT), &mut mark).is_ok() && &mark == MARK
         });
         marked.next()
+    }
+
+    /// Finds a home without a mark: its agent died while it moved in.
+    #[must_use]
+    pub fn find_abandoned_home(maps: &Maps, memory: &Memory) -> Option<TargetAddr> {
+        let candidates =
+            maps.0.iter().filter(|m| m.inode == 0 && m.executable && !m.writable && m.len() == HOME_LENGTH);
+        let mut abandoned = candidates.map(|m| m.range.start).filter(|&start| {
+            memory.bytes(start, HOME_LENGTH as usize).is_ok_and(|bytes| {
+                let (own, slots) = bytes.split_at(Puppet::OWN_LENGTH as usize);
+                let unmarked = own[MARK_AT as usize..MARK_AT as usize + MARK.len()] == [0; MARK.len()];
+                let begun = Puppet::is_home_code(own) || own.iter().all(|&byte| byte == 0);
+                // The first ledger may have been written, the mark not.
+                unmarked && begun && slots[SLOT_LENGTH as usize * 2..].iter().all(|&byte| byte == 0)
+            })
+        });
+        abandoned.next()
     }
 
     /// Opens the ledger in `home`.

@@ -94,8 +94,18 @@ impl TargetProcess {
         let mappings = left.is_none().then(|| executable_mappings(&maps));
         let (puppet, borrowed, book) = match left {
             Some(home) => Self::adopt(pid, &memory, gadgets, home)?,
-            None => Self::move_in(pid, &maps, &memory, gadgets)?,
+            None => match LedgerBook::find_abandoned_home(&maps, &memory) {
+                Some(home) => {
+                    Self::move_into(pid, &memory, gadgets, home, true).map_err(|error| explain(pid, error))?
+                }
+                None => Self::move_in(pid, &maps, &memory, gadgets)?,
+            },
         };
+        for dead in puppet::dead_puppets(pid).into_iter().filter(|&dead| dead != puppet.pid()) {
+            if let Err(error) = puppet::reap(pid, dead, &memory, gadgets) {
+                tracing::warn!(pid, dead, %error, "a dead helper could not be reaped");
+            }
+        }
         let adopted = left.is_some();
         let mut process = Self {
             pid,
@@ -130,12 +140,8 @@ impl TargetProcess {
         for _ in 0..8 {
             let home =
                 maps.gap(&near, HOME_LENGTH, 1 << 46).ok_or_else(|| refused(pid, "its address space has no room"))?;
-            match Puppet::make(pid, memory, gadgets, home, HOME_LENGTH, false) {
-                Ok((puppet, borrowed)) => {
-                    let book = LedgerBook::create(home, memory, puppet.pid()).map_err(|error| refused(pid, error))?;
-                    crate::fault::point("attach.ledger-created");
-                    return Ok((puppet, borrowed, book));
-                }
+            match Self::move_into(pid, memory, gadgets, home, false) {
+                Ok(made) => return Ok(made),
                 Err(PuppetError::Call { error, call, .. })
                     if call == "mmap" && error.raw_os_error() == Some(libc::EEXIST) =>
                 {
@@ -148,6 +154,23 @@ impl TargetProcess {
         Err(refused(pid, last.map_or_else(|| "no room".to_owned(), |error| error.to_string())))
     }
 
+    fn move_into(
+        pid: i32,
+        memory: &Memory,
+        gadgets: Gadgets,
+        home: TargetAddr,
+        existing: bool,
+    ) -> Result<(Puppet, puppet::Borrowed, LedgerBook), PuppetError> {
+        let (puppet, borrowed) = Puppet::make(pid, memory, gadgets, home, HOME_LENGTH, existing)?;
+        let book = LedgerBook::create(home, memory, puppet.pid()).map_err(|error| PuppetError::Call {
+            pid,
+            call: "ledger",
+            error: io::Error::other(error),
+        })?;
+        crate::fault::point("attach.ledger-created");
+        Ok((puppet, borrowed, book))
+    }
+
     /// Takes over what an earlier agent, or the agent of the process that this one was forked from, left.
     fn adopt(
         pid: i32,
@@ -156,14 +179,8 @@ impl TargetProcess {
         home: TargetAddr,
     ) -> Result<(Puppet, puppet::Borrowed, LedgerBook), Failure> {
         let mut book = LedgerBook::open(home, memory).map_err(|error| refused(pid, error))?;
-        let old_puppet = book.ledger.puppet;
         let (puppet, borrowed) =
             Puppet::make(pid, memory, gadgets, home, HOME_LENGTH, true).map_err(|error| explain(pid, error))?;
-        // The dead puppet of a dead agent: a zombie child of this very process. A forked child has none.
-        let zombie = ProcessInfo::of(old_puppet).is_ok_and(|info| info.parent == pid && info.state == 'Z');
-        if zombie && old_puppet != puppet.pid() {
-            let _ = puppet::reap(pid, old_puppet, memory, gadgets);
-        }
         let id = puppet.pid();
         book.update(memory, |ledger| {
             ledger.puppet = id;
@@ -221,15 +238,28 @@ impl TargetProcess {
                 ));
             };
             let mut at = start;
-            let mut mapped: Vec<(TargetAddr, u64)> = Vec::new();
+            let parts: Vec<(Span, i32)> = protections
+                .iter()
+                .filter(|(size, _)| *size > 0)
+                .map(|&(size, protection)| {
+                    let span = Span { start: at, end: at.offset(size as i64) };
+                    at = span.end;
+                    (span, protection)
+                })
+                .collect();
+            // Should we die between this line and the patch's entry in the ledger, the next agent knows what to unmap.
+            super::exchange::record(self, |ledger| ledger.staging = parts.iter().map(|(span, _)| *span).collect())?;
+            crate::fault::point("stage.recorded");
+            let mut mapped: Vec<Span> = Vec::new();
             let mut taken = false;
-            for &(size, protection) in protections.iter().filter(|(size, _)| *size > 0) {
-                match pages::map_at(&mut self.puppet, at, size, protection) {
-                    Ok(()) => mapped.push((at, size)),
+            for &(span, protection) in &parts {
+                match pages::map_at(&mut self.puppet, span.start, span.len(), protection) {
+                    Ok(()) => mapped.push(span),
                     Err(error) => {
-                        for (at, size) in mapped.drain(..) {
-                            let _ = pages::unmap(&mut self.puppet, at, size);
+                        for span in mapped.drain(..) {
+                            self.release(span);
                         }
+                        super::exchange::record(self, |ledger| ledger.staging.clear())?;
                         match &error {
                             PuppetError::Call { error, .. } if error.raw_os_error() == Some(libc::EEXIST) => {
                                 taken = true
@@ -239,7 +269,6 @@ impl TargetProcess {
                         break;
                     }
                 }
-                at = at.offset(size as i64);
             }
             if !taken {
                 return Ok(start);

@@ -4,12 +4,13 @@
 use super::{
     check::{Checker, Observers},
     deadline,
-    exchange::{Exchange, record},
+    exchange::{Exchange, OldMemory, free_leftover},
     hooks,
     ledger::AppliedPatch,
     micros_since,
     modules::ImageCache,
     process::TargetProcess,
+    stage::hook_failed,
     target::Target,
     transaction::{self, Terms},
 };
@@ -117,29 +118,40 @@ pub fn from_process(
     }
     let modules = images.modules(process.pid, &process.maps()?, &process.memory, |at| process.is_ours(at));
     let goal: Vec<AppliedPatch> = patches.into_iter().filter(|other| other.id != id).collect();
-    let exchange = Exchange::prepare(process, goal)?;
+    let lazy = terms.consistency == Consistency::Lazy;
+    let registered = patch.eh_frame.filter(|_| patch.registered.is_some());
+    let memory = match (lazy, registered) {
+        (false, _) => OldMemory::Free,
+        (true, None) => OldMemory::Linger,
+        (true, Some(_)) => OldMemory::Keep,
+    };
+    let exchange = Exchange::prepare(process, goal, memory)?;
     // The byte before the code belongs to nobody: with it, the code's first byte is no entry at which to wait outside.
     let whole = patch.code.start.offset(-1)..patch.code.end;
     let regions = vec![Region { ranges: vec![whole], label: format!("patch {}", patch.name) }];
     let mut checker = Checker::new(process, &modules, observers, regions);
-    let mut at_quiescence = |process: &mut TargetProcess| hooks::run(process, &patch.hooks.pre_revert);
-    let report = transaction::run(process, exchange, &mut checker, terms, &mut at_quiescence)?;
-    hooks::run_after(process, &patch.hooks.post_revert);
-    if let (Some(table), Some(_)) = (patch.eh_frame, patch.registered)
-        && let Err(error) = hooks::deregister_unwind_table(process, &modules, table)
-    {
-        tracing::warn!(pid = process.pid, %error, "the unwind table of a patch stays registered, and its memory in place");
-        return Ok(report);
-    }
-    crate::fault::point("revert.release");
-    let spans = [patch.code, patch.rodata, patch.data];
-    if terms.consistency == Consistency::Lazy {
-        // Old activations may run on in it.
-        record(process, |ledger| ledger.lingering.extend(spans.into_iter().filter(|span| !span.is_empty())))?;
-    } else {
-        for span in spans {
-            process.release(span);
+    let mut unregistered = false;
+    let mut at_quiescence = |process: &mut TargetProcess| {
+        hooks::run(process, &patch.hooks.pre_revert)?;
+        // Nobody is inside, so nothing can be unwound through it any more.
+        if let Some(table) = registered.filter(|_| !lazy) {
+            let pid = process.pid;
+            hooks::deregister_unwind_table(process, &modules, table).map_err(|error| hook_failed(pid, error))?;
+            unregistered = true;
         }
-    }
+        Ok(())
+    };
+    let done = transaction::run(process, exchange, &mut checker, terms, &mut at_quiescence);
+    let report = match (done, registered, patch.registered) {
+        (Err(failure), Some(table), Some(object)) if unregistered => {
+            let _ = hooks::register_unwind_table(process, &modules, table, object);
+            return Err(failure);
+        }
+        (done, ..) => done?,
+    };
+    hooks::run_after(process, &patch.hooks.post_revert);
+    crate::fault::point("revert.release");
+    free_leftover(process)?;
+    crate::fault::point("revert.released");
     Ok(report)
 }

@@ -105,6 +105,7 @@ pub fn stage(
         for span in [code, rodata, data] {
             process.release(span);
         }
+        let _ = super::exchange::record(process, |ledger| ledger.staging.clear());
     }
     staged
 }
@@ -288,6 +289,7 @@ pub fn unstage(process: &mut TargetProcess, patch: &AppliedPatch) {
     for span in [patch.code, patch.rodata, patch.data] {
         process.release(span);
     }
+    let _ = super::exchange::record(process, |ledger| ledger.staging.clear());
 }
 
 /// Words for a failure of the puppet while it ran code of the patch.

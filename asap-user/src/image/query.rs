@@ -1,6 +1,6 @@
 //! Finding a function by what a person writes.
 
-use super::{BoundsSource, Function, Image, Symbol, SymbolKind, demangle, symbols};
+use super::{BoundsSource, Function, Image, Symbol, SymbolKind, demangle, names::Wanted, similar::similar};
 use crate::address::ImageOffset;
 
 /// A function as the user named it.
@@ -65,25 +65,26 @@ pub enum LookupError {
     UnknownSize(String),
 }
 
+/// Most candidates that are told of an ambiguous name.
+const CANDIDATES_MOST: usize = 20;
+/// How far code without an unwind table may lie behind the symbol without a size that it is named after, bytes.
+const UNSIZED_MOST: u64 = 4096;
+
 impl Image {
     /// Finds the one function that `query` means.
     ///
     /// # Errors
     /// There is none, several, or it can't be replaced by its nature.
     pub fn find_function(&self, query: &FunctionQuery) -> Result<Function, LookupError> {
-        let name = if query.name.is_empty() {
-            query.address.map(|at| at.to_string()).unwrap_or_default()
-        } else {
-            query.name.clone()
-        };
         if query.name.is_empty() {
-            let at = query.address.ok_or_else(|| LookupError::Unknown { name: name.clone(), similar: Vec::new() })?;
-            let found = self.function_at(at).filter(|function| function.address == at);
+            let name = query.address.map(|at| at.to_string()).unwrap_or_default();
+            let found = query.address.and_then(|at| self.function_at(at).filter(|function| function.address == at));
             return found.ok_or(LookupError::Unknown { name, similar: Vec::new() });
         }
-        let mut found: Vec<Symbol> = self.symbols().named(&query.name).collect();
+        let name = query.name.clone();
+        let mut found: Vec<Symbol> = self.symbols().named(&name).collect();
         if found.is_empty() {
-            found = self.demangled(&query.name);
+            found = self.readable(&name);
         }
         if let Some(file) = &query.file {
             found.retain(|symbol| symbol.is_from(file));
@@ -99,117 +100,101 @@ impl Image {
         found.sort_by_key(|symbol| (symbol.address, symbol.size == 0, symbol.file.is_none()));
         found.dedup_by_key(|symbol| symbol.address);
         match found.as_slice() {
-            [] => Err(LookupError::Unknown { similar: self.similar(&query.name), name }),
+            [] => Err(LookupError::Unknown { similar: similar(&name, self.symbols().code_names()), name }),
             [symbol] if symbol.kind == SymbolKind::Ifunc => Err(LookupError::Ifunc(name)),
             [symbol] => self.complete(symbol).ok_or(LookupError::UnknownSize(name)),
-            several => Err(LookupError::Ambiguous {
-                name,
-                candidates: several
-                    .iter()
-                    .map(|s| {
-                        let file = s.file.as_deref().map_or_else(String::new, |file| format!("{file}:"));
-                        format!("{file}{} at {} ({} bytes)", demangle(&s.name), s.address, s.size)
-                    })
-                    .collect(),
-            }),
+            several => Err(LookupError::Ambiguous { name, candidates: candidates(several) }),
         }
     }
 
-    fn demangled(&self, name: &str) -> Vec<Symbol> {
-        // Only names that can be meant are demangled: the last component stands in the raw name as it is.
-        let last = name.split('(').next().unwrap_or(name).rsplit("::").next().unwrap_or(name);
-        let last = last.trim_start_matches('~').split('<').next().unwrap_or(last);
-        if last.is_empty() {
-            return Vec::new();
-        }
-        let can_mean = |raw: &[u8]| {
-            (raw.starts_with(b"_Z") || raw.starts_with(b"_R"))
-                && raw.windows(last.len()).any(|window| window == last.as_bytes())
-        };
-        let means = |symbol: &Symbol| {
-            let plain = demangle(&symbol.name);
-            plain == name || (!name.contains('(') && plain.split('(').next() == Some(name))
-        };
-        self.symbols().code_where(can_mean).filter(means).collect()
+    fn readable(&self, name: &str) -> Vec<Symbol> {
+        let wanted = Wanted::new(name);
+        self.symbols().code_where(|raw| wanted.can_be(raw)).filter(|symbol| wanted.is(&symbol.name)).collect()
     }
 
     /// The symbol as a function; its end from the unwind table where the symbol does not tell.
     fn complete(&self, symbol: &Symbol) -> Option<Function> {
-        let mut function = symbols::function(symbol);
-        if function.size == 0 {
-            let entry = self.unwind.entry_at(self, symbol.address)?;
-            function.size = entry.end.0.checked_sub(symbol.address.0)?;
-            function.source = BoundsSource::UnwindTable;
+        let (mut size, mut source) = (symbol.size, BoundsSource::Symbol);
+        if size == 0 {
+            let bounds = self.unwind.bounds_at(self, symbol.address)?;
+            size = bounds.end.0.checked_sub(symbol.address.0)?;
+            source = BoundsSource::UnwindTable;
         }
-        Some(function)
-    }
-
-    /// The function that holds `at`.
-    #[must_use]
-    pub fn function_at(&self, at: ImageOffset) -> Option<Function> {
-        if let Some(symbol) = self.symbols().function_containing(at)
-            && let Some(function) = self.complete(&symbol)
-            && at.0 - function.address.0 < function.size
-        {
-            return Some(function);
-        }
-        let entry = self.unwind.entry_at(self, at)?;
-        let size = entry.end.0 - entry.start.0;
-        Some(Function { name: None, file: None, address: entry.start, size, source: BoundsSource::UnwindTable })
-    }
-
-    /// All functions that are known by name, by address.
-    pub fn functions(&self) -> impl Iterator<Item = Function> + '_ {
-        let mut last = None;
-        self.symbols().code().filter_map(move |symbol| {
-            if last.replace(symbol.address) == Some(symbol.address) {
-                return None;
-            }
-            self.complete(&symbol)
+        Some(Function {
+            name: Some(symbol.name.clone()),
+            file: symbol.file.clone(),
+            address: symbol.address,
+            size,
+            source,
         })
     }
 
-    /// The first function or symbol that begins behind `at`.
+    /// The function that holds `at`: by symbol, else by unwind table, and then perhaps without a name.
     #[must_use]
-    pub fn next_function_start(&self, at: ImageOffset) -> Option<ImageOffset> {
-        self.symbols().next_code(at)
+    pub fn function_at(&self, at: ImageOffset) -> Option<Function> {
+        if let Some(symbol) = self.symbols().function_containing(at) {
+            return self.complete(&symbol);
+        }
+        let bounds = self.unwind.bounds_at(self, at)?;
+        let named = self.symbols().code_at(bounds.start).next().and_then(|symbol| self.complete(&symbol));
+        named.filter(|function| at.0 - function.address.0 < function.size).or_else(|| unnamed(&bounds))
     }
 
-    fn similar(&self, name: &str) -> Vec<String> {
-        let lower = name.to_lowercase();
-        let mut close: Vec<(usize, String)> = Vec::new();
+    /// Name and offset for an address, readable.
+    #[must_use]
+    pub fn symbolise(&self, at: ImageOffset) -> Option<(String, u64)> {
+        let sized = self.symbols().function_containing(at);
+        let symbol = sized.or_else(|| {
+            // Assembly may lack a size; but what belongs to another entry of the unwind table is another function.
+            let symbol = self.symbols().code_before(at).filter(|symbol| symbol.size == 0)?;
+            let is_same = match self.unwind.bounds_at(self, at) {
+                Some(bounds) => bounds.start <= symbol.address,
+                None => at.0 - symbol.address.0 < UNSIZED_MOST,
+            };
+            is_same.then_some(symbol)
+        })?;
+        Some((demangle(&symbol.name), at.0 - symbol.address.0))
+    }
+
+    /// All functions that are known, by address: with a name where a symbol tells it, else from the unwind tables. Parts that
+    /// the compiler split off are listed like functions.
+    pub fn functions(&self) -> impl Iterator<Item = Function> {
+        let mut all: Vec<Function> = Vec::new();
         for symbol in self.symbols().code() {
-            // A long list of symbols is not worth a long wait: only names of about the same length are compared.
-            if symbol.name.len().abs_diff(name.len()) <= 3 {
-                let distance = distance(&symbol.name.to_lowercase(), &lower);
-                if distance <= 2 + name.len() / 8 {
-                    close.push((distance, demangle(&symbol.name)));
-                }
-            } else if name.len() >= 5 && symbol.name.to_lowercase().contains(&lower) {
-                close.push((3, demangle(&symbol.name)));
+            if all.last().is_none_or(|last| last.address != symbol.address) {
+                all.extend(self.complete(&symbol));
             }
         }
-        close.sort();
-        close.dedup();
-        close.truncate(5);
-        close.into_iter().map(|(_, name)| name).collect()
+        let named = all.len();
+        let is_named = |at: ImageOffset, all: &[Function]| {
+            let before = all[..named].partition_point(|function| function.address <= at);
+            all[..before].last().is_some_and(|function| at.0 - function.address.0 < function.size)
+        };
+        for bounds in self.unwind.all(self) {
+            if !is_named(bounds.start, &all) {
+                all.extend(unnamed(&bounds));
+            }
+        }
+        all.sort_by_key(|function| function.address);
+        all.into_iter()
     }
 }
 
-/// Levenshtein distance.
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, &y) in b.iter().enumerate() {
-            let cost = diagonal + usize::from(x != y);
-            diagonal = row[j + 1];
-            row[j + 1] = cost.min(row[j] + 1).min(diagonal + 1);
-        }
+fn unnamed(bounds: &std::ops::Range<ImageOffset>) -> Option<Function> {
+    let size = bounds.end.0.checked_sub(bounds.start.0)?;
+    Some(Function { name: None, file: None, address: bounds.start, size, source: BoundsSource::UnwindTable })
+}
+
+fn candidates(several: &[Symbol]) -> Vec<String> {
+    let told = several.iter().take(CANDIDATES_MOST).map(|symbol| {
+        let file = symbol.file.as_deref().map_or_else(String::new, |file| format!("{file}:"));
+        format!("{file}{} at {} ({} bytes)", demangle(&symbol.name), symbol.address, symbol.size)
+    });
+    let mut told: Vec<String> = told.collect();
+    if several.len() > CANDIDATES_MOST {
+        told.push(format!("and {} more", several.len() - CANDIDATES_MOST));
     }
-    row[b.len()]
+    told
 }
 
 #[cfg(test)]
@@ -228,12 +213,5 @@ mod tests {
         assert_eq!(FunctionQuery::parse("ns::f(int)"), query("ns::f(int)", None));
         assert_eq!(FunctionQuery::parse("lib.so.1:ns::f"), query("ns::f", Some("lib.so.1")));
         assert_eq!(FunctionQuery::parse("0x10").address, Some(ImageOffset(16)));
-    }
-
-    #[test]
-    fn alike_is_measured_in_letters() {
-        assert_eq!(distance("abc", "abc"), 0);
-        assert_eq!(distance("abc", "axc"), 1);
-        assert_eq!(distance("", "abc"), 3);
     }
 }

@@ -1,13 +1,12 @@
 //! Symbols of an image, from all tables that it has: .dynsym, .symtab, .gnu_debugdata, a separate debug file. Indexed by name
 //! and by address.
 
-use super::{BoundsSource, Function};
+use super::bytes::{ImageBytes, NameBudget, Strings, hash};
 use crate::address::ImageOffset;
 use object::{
     LittleEndian as LE, elf,
     read::elf::{FileHeader, SectionHeader, Sym},
 };
-use std::sync::Arc;
 
 /// What a symbol stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,81 +77,19 @@ struct Raw {
 /// All symbols of an image. Names are kept as places in their string tables, so that a large file costs little.
 #[derive(Default)]
 pub(super) struct SymbolTable {
-    strings: Vec<Arc<[u8]>>,
+    strings: Vec<Strings>,
     all: Vec<Raw>,
     files: Vec<(u32, u32)>,
     /// Hash of the name and index, sorted.
-    by_name: Vec<(u64, u32)>,
+    by_name: Vec<(u32, u32)>,
     /// Code symbols, by address; of several at one address the one with the best name first.
     code: Vec<u32>,
 }
 
-fn hash(name: &[u8]) -> u64 {
-    // FNV-1a: names are short, and a hostile table gains nothing but a slow search in its own names.
-    name.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
-}
-
-fn name_at(strings: &[u8], at: u32) -> Option<&[u8]> {
-    let tail = strings.get(at as usize..)?;
-    Some(&tail[..tail.iter().position(|&byte| byte == 0)?])
-}
-
-/// Section index of absolute symbols.
-const SHN_ABS: u16 = 0xfff1;
-
-/// Largest unpacked .gnu_debugdata, bytes.
-const UNPACKED_MOST: usize = 256 << 20;
-
-/// Unpacks .gnu_debugdata.
-pub(super) fn unpack(packed: &[u8]) -> Option<Vec<u8>> {
-    struct Bounded(Vec<u8>);
-    impl std::io::Write for Bounded {
-        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            if self.0.len() + bytes.len() > UNPACKED_MOST {
-                return Err(std::io::ErrorKind::OutOfMemory.into());
-            }
-            self.0.extend_from_slice(bytes);
-            Ok(bytes.len())
-        }
-        fn flush(&mut self) -> std::io::Result<()> {
-            Ok(())
-        }
-    }
-    let mut unpacked = Bounded(Vec::new());
-    lzma_rs::xz_decompress(&mut std::io::BufReader::new(packed), &mut unpacked).ok()?;
-    Some(unpacked.0)
-}
-
-/// The NUL-terminated string at `at`.
-pub(super) fn string_at(strings: &[u8], at: u64) -> Option<String> {
-    let tail = strings.get(usize::try_from(at).ok()?..)?;
-    let end = tail.iter().position(|&byte| byte == 0)?;
-    Some(String::from_utf8_lossy(&tail[..end]).into_owned())
-}
-
-/// Number of dynamic symbols, which only the hash tables tell (gABI DT_HASH; DT_GNU_HASH: the highest bucket's chain).
-pub(super) fn dynamic_count(gnu: Option<&[u8]>, sysv: Option<&[u8]>) -> Option<usize> {
-    let word = |bytes: &[u8], index: usize| {
-        bytes.get(index * 4..index * 4 + 4).and_then(|b| b.try_into().ok()).map(u32::from_le_bytes)
-    };
-    if let Some(table) = sysv {
-        return word(table, 1).map(|count| count as usize);
-    }
-    let table = gnu?;
-    let (buckets, first, bloom) = (word(table, 0)? as usize, word(table, 1)? as usize, word(table, 2)? as usize);
-    let bucket_at = 4usize.checked_add(bloom.checked_mul(2)?)?;
-    let highest = (0..buckets).map_while(|index| word(table, bucket_at + index)).max()? as usize;
-    if highest < first {
-        return Some(first);
-    }
-    let chain_at = bucket_at + buckets;
-    let mut index = highest;
-    // The last entry of a chain has its lowest bit set.
-    while word(table, chain_at + (index - first))? & 1 == 0 {
-        index += 1;
-    }
-    Some(index + 1)
-}
+/// Most definitions of one name that are looked at. Large programs have hundreds of static functions of one name.
+const SAME_NAME_MOST: usize = 4096;
+/// How many symbols that begin in front of an address, but end there too, are looked at to find the one around it.
+const NESTED_MOST: usize = 64;
 
 fn raw(strings: u32, name: u32, value: u64, size: u64, info: u8, section: u16) -> Option<Raw> {
     let kind = match elf::SymbolType(info & 0xf) {
@@ -162,7 +99,7 @@ fn raw(strings: u32, name: u32, value: u64, size: u64, info: u8, section: u16) -
         elf::STT_TLS => SymbolKind::Tls,
         _ => return None,
     };
-    if section == 0 || name == 0 {
+    if section == elf::SHN_UNDEF.0 || section == elf::SHN_ABS.0 || name == 0 {
         return None;
     }
     let binding = match elf::SymbolBind(info >> 4) {
@@ -174,11 +111,11 @@ fn raw(strings: u32, name: u32, value: u64, size: u64, info: u8, section: u16) -
 }
 
 impl SymbolTable {
-    /// Adds .dynsym, given as raw tables. `versions` is DT_VERSYM: hidden versions are not found by name.
-    pub(super) fn add_dynamic(&mut self, symbols: &[u8], strings: &[u8], versions: Option<&[u8]>) {
+    /// Adds .dynsym, given as its bytes. `versions` is DT_VERSYM: hidden versions are not found by name.
+    pub(super) fn add_dynamic(&mut self, symbols: &[u8], strings: Strings, versions: Option<&[u8]>) {
         const VERSYM_HIDDEN: u8 = 0x80;
         let table = self.strings.len() as u32;
-        self.strings.push(strings.into());
+        self.strings.push(strings);
         for (index, entry) in symbols.chunks_exact(24).enumerate() {
             let hidden = versions.and_then(|v| v.get(index * 2 + 1)).is_some_and(|high| high & VERSYM_HIDDEN != 0);
             let name = u32::from_le_bytes(entry[..4].try_into().unwrap_or_default());
@@ -192,35 +129,35 @@ impl SymbolTable {
         }
     }
 
-    /// Adds the .symtab of an ELF file.
-    pub(super) fn add_symtab(&mut self, data: &[u8]) {
+    /// Adds the .symtab of an ELF file, where it has one.
+    pub(super) fn add_symtab(&mut self, file: &ImageBytes) {
+        let data = file.bytes();
         let Ok(header) = elf::FileHeader64::<LE>::parse(data) else { return };
         let Ok(sections) = header.sections(LE, data) else { return };
         let Ok(symbols) = sections.symbols(LE, data, elf::SHT_SYMTAB) else { return };
         let Ok(section) = sections.section(symbols.string_section()) else { return };
-        let Ok(strings) = section.data(LE, data) else { return };
+        let Some((offset, size)) = section.file_range(LE) else { return };
+        let (Ok(start), Ok(size)) = (usize::try_from(offset), usize::try_from(size)) else { return };
         let table = self.strings.len() as u32;
-        self.strings.push(strings.into());
+        self.strings.push(Strings::new(file, start..start.saturating_add(size)));
         self.all.reserve(symbols.len());
-        let mut file = 0;
+        let mut source = 0;
         for entry in symbols.iter() {
             let name = entry.st_name(LE);
             if entry.st_type() == elf::STT_FILE {
-                file = 0;
+                // The linker ends the symbols of the last file with a file without name.
+                source = 0;
                 if name != 0 {
                     self.files.push((table, name));
-                    file = self.files.len() as u32;
+                    source = self.files.len() as u32;
                 }
                 continue;
             }
-            if entry.st_shndx.get(LE).0 == SHN_ABS {
-                continue;
-            }
-            let symbol =
-                raw(table, name, entry.st_value(LE), entry.st_size(LE), entry.st_info.0, entry.st_shndx.get(LE).0);
-            if let Some(mut symbol) = symbol {
+            let section = entry.st_shndx.get(LE).0;
+            if let Some(mut symbol) = raw(table, name, entry.st_value(LE), entry.st_size(LE), entry.st_info.0, section)
+            {
                 if symbol.binding == Binding::Local {
-                    symbol.file = file;
+                    symbol.file = source;
                 }
                 self.all.push(symbol);
             }
@@ -229,8 +166,23 @@ impl SymbolTable {
 
     /// Builds the indexes.
     pub(super) fn finish(&mut self) {
-        self.by_name = (0..self.all.len() as u32).map(|index| (hash(self.name(index)), index)).collect();
-        self.by_name.sort_unstable();
+        let mut budget = NameBudget::for_table(self.strings.iter().map(Strings::len).sum());
+        let mut by_name = Vec::with_capacity(self.all.len());
+        let mut kept = 0;
+        for index in 0..self.all.len() {
+            let raw = self.all[index];
+            let name = self.strings.get(raw.strings as usize).and_then(|strings| strings.name(raw.name));
+            if !budget.spend(name) {
+                break;
+            }
+            if let Some(name) = name {
+                by_name.push((hash(name), kept));
+                self.all[kept as usize] = raw;
+                kept += 1;
+            }
+        }
+        self.all.truncate(kept as usize);
+        by_name.sort_unstable();
         let is_code = |raw: &Raw| matches!(raw.kind, SymbolKind::Function | SymbolKind::Ifunc);
         let mut code: Vec<u32> =
             (0..self.all.len() as u32).filter(|&index| is_code(&self.all[index as usize])).collect();
@@ -238,27 +190,24 @@ impl SymbolTable {
             let symbol = &self.all[index as usize];
             (symbol.value, symbol.size == 0, symbol.binding == Binding::Local, index)
         });
-        self.code = code;
+        (self.by_name, self.code) = (by_name, code);
     }
 
     fn name(&self, index: u32) -> &[u8] {
         let raw = &self.all[index as usize];
-        self.strings.get(raw.strings as usize).and_then(|strings| name_at(strings, raw.name)).unwrap_or_default()
+        self.strings.get(raw.strings as usize).and_then(|strings| strings.name(raw.name)).unwrap_or_default()
     }
 
     fn symbol(&self, index: u32) -> Symbol {
         let raw = &self.all[index as usize];
-        let text = |(table, at): (u32, u32)| {
-            let bytes = self.strings.get(table as usize).and_then(|strings| name_at(strings, at)).unwrap_or_default();
-            String::from_utf8_lossy(bytes).into_owned()
-        };
+        let file = (raw.file as usize).checked_sub(1).and_then(|file| self.files.get(file));
         Symbol {
-            name: text((raw.strings, raw.name)),
+            name: String::from_utf8_lossy(self.name(index)).into_owned(),
             address: ImageOffset(raw.value),
             size: raw.size,
             kind: raw.kind,
             binding: raw.binding,
-            file: (raw.file as usize).checked_sub(1).and_then(|file| self.files.get(file)).map(|&file| text(file)),
+            file: file.and_then(|&(table, name)| self.strings.get(table as usize)?.text(name)),
             exported: raw.exported,
         }
     }
@@ -268,7 +217,8 @@ impl SymbolTable {
         let wanted = hash(name.as_bytes());
         let start = self.by_name.partition_point(|&(hash, _)| hash < wanted);
         let same = self.by_name[start..].iter().take_while(move |&&(hash, _)| hash == wanted);
-        same.filter(move |&&(_, index)| self.name(index) == name.as_bytes()).map(|&(_, index)| self.symbol(index))
+        let named = same.filter(move |&&(_, index)| self.name(index) == name.as_bytes());
+        named.take(SAME_NAME_MOST).map(|&(_, index)| self.symbol(index))
     }
 
     /// Code symbols whose raw name `wanted` accepts, by address.
@@ -276,34 +226,38 @@ impl SymbolTable {
         self.code.iter().filter(move |&&index| wanted(self.name(index))).map(|&index| self.symbol(index))
     }
 
+    /// Raw names of all code symbols, by address.
+    pub(super) fn code_names(&self) -> impl Iterator<Item = &[u8]> {
+        self.code.iter().map(|&index| self.name(index))
+    }
+
     /// All code symbols, by address.
     pub(super) fn code(&self) -> impl Iterator<Item = Symbol> {
         self.code.iter().map(|&index| self.symbol(index))
     }
 
-    /// The code symbol that starts at or before `at` and holds it.
+    /// All code symbols that start at `at`, the best name first.
+    pub(super) fn code_at(&self, at: ImageOffset) -> impl Iterator<Item = Symbol> {
+        let first = self.code.partition_point(|&index| self.all[index as usize].value < at.0);
+        let here = self.code[first..].iter().take_while(move |&&index| self.all[index as usize].value == at.0);
+        here.take(SAME_NAME_MOST).map(|&index| self.symbol(index))
+    }
+
+    /// The innermost code symbol with a size that holds `at`.
     pub(super) fn function_containing(&self, at: ImageOffset) -> Option<Symbol> {
         let next = self.code.partition_point(|&index| self.all[index as usize].value <= at.0);
-        let last = self.all.get(*self.code[..next].last()? as usize)?.value;
-        let first = self.code.partition_point(|&index| self.all[index as usize].value < last);
-        let best = self.symbol(*self.code.get(first)?);
-        (best.size == 0 || at.0 - best.address.0 < best.size).then_some(best)
+        let holds = |raw: &Raw| at.0 - raw.value < raw.size;
+        let before = self.code[..next].iter().rev().take(NESTED_MOST).map(|&index| &self.all[index as usize]);
+        let start = before.into_iter().find(|raw| holds(raw))?.value;
+        let first = self.code[..next].partition_point(|&index| self.all[index as usize].value < start);
+        // Of several at that address, the best name.
+        self.code[first..next].iter().find(|&&index| holds(&self.all[index as usize])).map(|&index| self.symbol(index))
     }
 
-    /// The first code symbol behind `at`.
-    pub(super) fn next_code(&self, at: ImageOffset) -> Option<ImageOffset> {
+    /// The last code symbol at or before `at`, whether or not it reaches that far.
+    pub(super) fn code_before(&self, at: ImageOffset) -> Option<Symbol> {
         let next = self.code.partition_point(|&index| self.all[index as usize].value <= at.0);
-        self.code.get(next).map(|&index| ImageOffset(self.all[index as usize].value))
-    }
-}
-
-/// A function as a symbol describes it.
-pub(super) fn function(symbol: &Symbol) -> Function {
-    Function {
-        name: Some(symbol.name.clone()),
-        file: symbol.file.clone(),
-        address: symbol.address,
-        size: symbol.size,
-        source: BoundsSource::Symbol,
+        let start = self.all.get(*self.code[..next].last()? as usize)?.value;
+        self.code_at(ImageOffset(start)).next()
     }
 }

@@ -19,6 +19,8 @@ pub struct ProcessInfo {
     pub seccomp: u32,
     /// Has no address space of its own.
     pub kernel_thread: bool,
+    /// Signal that its parent gets when it ends; 0 for a helper of ours, 17 (SIGCHLD) for what fork(2) made.
+    pub exit_signal: i32,
     /// Start time, clock ticks since boot: with the pid it names the process for ever.
     pub start_time: u64,
 }
@@ -47,7 +49,9 @@ impl ProcessInfo {
         let state = field("State").chars().next().unwrap_or('?');
         // The name in parentheses may hold anything: count from the last one (proc_pid_stat(5)).
         let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
-        let start_time = after_name.split_ascii_whitespace().nth(19).and_then(|text| text.parse().ok()).unwrap_or(0);
+        let number = |index: usize| after_name.split_ascii_whitespace().nth(index);
+        let start_time = number(19).and_then(|text| text.parse().ok()).unwrap_or(0);
+        let exit_signal = number(35).and_then(|text| text.parse().ok()).unwrap_or(-1);
         Self {
             pid: 0,
             name: field("Name").to_owned(),
@@ -57,6 +61,7 @@ impl ProcessInfo {
             seccomp: field("Seccomp").parse().unwrap_or(0),
             kernel_thread: field("Kthread") == "1" || (field("VmSize").is_empty() && !matches!(state, 'Z' | 'X')),
             start_time,
+            exit_signal,
         }
     }
 }

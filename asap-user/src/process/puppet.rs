@@ -269,6 +269,12 @@ impl Puppet {
     /// Bytes at the start of the home that are the puppet's own.
     pub const OWN_LENGTH: u64 = EXIT_FRAME_TOP as u64;
 
+    /// Whether `page` begins with the puppet's code.
+    #[must_use]
+    pub fn is_home_code(page: &[u8]) -> bool {
+        page.starts_with(&HOME_CODE)
+    }
+
     /// Runs a system call in the target's address space.
     ///
     /// # Errors
@@ -455,6 +461,14 @@ impl Drop for Puppet {
         // SAFETY: `status` is a live local. The tracer is told of the end before the parent is.
         unsafe { libc::waitpid(self.pid, &raw mut status, libc::__WALL) };
     }
+}
+
+/// Dead puppets of dead agents: zombie children that send no signal when they end, as nothing but clone(2) makes them.
+#[must_use]
+pub fn dead_puppets(target: i32) -> Vec<i32> {
+    let is_dead_puppet =
+        |child: &i32| ProcessInfo::of(*child).is_ok_and(|info| info.state == 'Z' && info.exit_signal == 0);
+    info::children(target).into_iter().filter(is_dead_puppet).collect()
 }
 
 /// Has a thread of `target` reap its dead child `puppet`.
