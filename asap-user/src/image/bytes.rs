@@ -102,12 +102,17 @@ impl NameBudget {
     }
 }
 
-/// A short hash of a name. FNV-1a: names are short, and a hostile table gains nothing but a slow search in its own names.
+/// A short hash of a name. A hostile table gains nothing but a slow search in its own names.
 pub(super) fn hash(name: &[u8]) -> u32 {
-    let wide = name
-        .iter()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
-    (wide ^ (wide >> 32)) as u32
+    let (words, rest) = name.as_chunks::<8>();
+    let mut last = [0; 8];
+    last[..rest.len()].copy_from_slice(rest);
+    let words = words.iter().chain([&last]).map(|word| u64::from_le_bytes(*word));
+    let mixed = words.fold(name.len() as u64, |hash, word| {
+        let mixed = (hash ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        mixed ^ (mixed >> 29)
+    });
+    (mixed ^ (mixed >> 32)) as u32
 }
 
 #[cfg(test)]

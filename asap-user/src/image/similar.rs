@@ -7,7 +7,7 @@ const TOLD_MOST: usize = 5;
 /// Longest name that is compared letter by letter, bytes.
 const COMPARED_MOST: usize = 128;
 /// How many letter comparisons may be made: a list of a million symbols is not worth a long wait.
-const WORK_MOST: usize = 30_000_000;
+const WORK_MOST: usize = 150_000_000;
 
 /// Of `known` raw names, those most like `wanted`, readable.
 pub(super) fn similar<'a>(wanted: &str, known: impl Iterator<Item = &'a [u8]>) -> Vec<String> {
@@ -25,13 +25,14 @@ pub(super) fn similar<'a>(wanted: &str, known: impl Iterator<Item = &'a [u8]>) -
         let name = bare_identifier(raw);
         let most = 2 + wanted.len() / 8;
         if name.len().abs_diff(wanted.len()) <= most {
-            work += name.len() * wanted.len();
+            work += name.len() * (2 * most + 1);
             if work > WORK_MOST {
                 break;
             }
-            let distance = distance(name.as_bytes(), wanted.as_bytes(), &mut row);
             // In a short name two other letters make another name.
-            if distance <= most && distance * 2 <= wanted.len() {
+            if let Some(distance) = distance_within(name.as_bytes(), wanted.as_bytes(), most, &mut row)
+                && distance * 2 <= wanted.len()
+            {
                 close.push((distance, raw));
             }
         } else if wanted.len() >= 5 && name.len() <= COMPARED_MOST && contains(name.as_bytes(), wanted.as_bytes()) {
@@ -62,20 +63,28 @@ fn contains(name: &[u8], part: &[u8]) -> bool {
     name.windows(part.len()).any(|window| window.eq_ignore_ascii_case(part))
 }
 
-/// Levenshtein distance; `b` is lower case. `row` is space to work in.
-fn distance(a: &[u8], b: &[u8], row: &mut Vec<usize>) -> usize {
+/// Levenshtein distance, if it is no more than `most`; `b` is lower case. `row` is space to work in.
+fn distance_within(a: &[u8], b: &[u8], most: usize, row: &mut Vec<usize>) -> Option<usize> {
+    let far = most + 1;
     row.clear();
-    row.extend(0..=b.len());
+    row.extend((0..=b.len()).map(|n| n.min(far)));
     for (i, x) in a.iter().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.iter().enumerate() {
+        // Cells further from the diagonal can't lead to a small distance.
+        let (start, end) = (i.saturating_sub(most), b.len().min(i + far));
+        let mut diagonal = row[start];
+        row[start] = if start == 0 { (i + 1).min(far) } else { far };
+        let mut least = row[start];
+        for (j, y) in b.iter().enumerate().take(end).skip(start) {
             let cost = diagonal + usize::from(!x.eq_ignore_ascii_case(y));
             diagonal = row[j + 1];
-            row[j + 1] = cost.min(row[j] + 1).min(diagonal + 1);
+            row[j + 1] = cost.min(row[j] + 1).min(diagonal + 1).min(far);
+            least = least.min(row[j + 1]);
+        }
+        if least > most {
+            return None;
         }
     }
-    row[b.len()]
+    Some(row[b.len()]).filter(|&distance| distance <= most)
 }
 
 #[cfg(test)]
@@ -84,11 +93,16 @@ mod tests {
 
     #[test]
     fn alike_is_measured_in_letters() {
-        let distance = |a: &str, b: &str| distance(a.as_bytes(), b.as_bytes(), &mut Vec::new());
-        assert_eq!(distance("abc", "abc"), 0);
-        assert_eq!(distance("Abc", "axc"), 1);
-        assert_eq!(distance("", "abc"), 3);
-        assert_eq!(distance("abcd", "bcda"), 2);
+        let distance = |a: &str, b: &str, most| distance_within(a.as_bytes(), b.as_bytes(), most, &mut Vec::new());
+        assert_eq!(distance("abc", "abc", 2), Some(0));
+        assert_eq!(distance("Abc", "axc", 2), Some(1));
+        assert_eq!(distance("", "abc", 3), Some(3));
+        assert_eq!(distance("", "abc", 2), None);
+        assert_eq!(distance("abcd", "bcda", 2), Some(2));
+        assert_eq!(distance("abcdefgh", "hgfedcba", 3), None);
+        assert_eq!(distance("kitten", "sitting", 3), Some(3));
+        assert_eq!(distance("xxabcdef", "abcdef", 2), Some(2));
+        assert_eq!(distance("abcdef", "abcdefxx", 2), Some(2));
     }
 
     #[test]

@@ -183,13 +183,13 @@ impl SymbolTable {
         }
         self.all.truncate(kept as usize);
         by_name.sort_unstable();
-        let is_code = |raw: &Raw| matches!(raw.kind, SymbolKind::Function | SymbolKind::Ifunc);
-        let mut code: Vec<u32> =
-            (0..self.all.len() as u32).filter(|&index| is_code(&self.all[index as usize])).collect();
-        code.sort_unstable_by_key(|&index| {
-            let symbol = &self.all[index as usize];
-            (symbol.value, symbol.size == 0, symbol.binding == Binding::Local, index)
-        });
+        let code =
+            self.all.iter().zip(0u64..).filter(|(raw, _)| matches!(raw.kind, SymbolKind::Function | SymbolKind::Ifunc));
+        // At one address, first what has a size, then what is global.
+        let rank = |raw: &Raw| u64::from(raw.size == 0) << 1 | u64::from(raw.binding == Binding::Local);
+        let mut code: Vec<(u64, u64)> = code.map(|(raw, index)| (raw.value, rank(raw) << 32 | index)).collect();
+        code.sort_unstable();
+        let code = code.into_iter().map(|(_, index)| index as u32).collect();
         (self.by_name, self.code) = (by_name, code);
     }
 

@@ -81,3 +81,29 @@ fn main() { println!("{}", inner::victim(3) + inner::S(4).double()); }
         assert!(double.size > 0 && double.address != victim.address);
     }
 }
+
+#[test]
+fn handlers_of_exceptions_belong_to_the_function_also_without_symbols() {
+    let source = r#"
+#include <cstdio>
+#include <stdexcept>
+struct Held { int v; ~Held() { std::printf("released %d\n", v); } };
+__attribute__((noinline)) int risky(int x) { if (x > 100) throw std::runtime_error("large"); return x * 2; }
+__attribute__((noinline)) int catches(int x) {
+    Held held{x};
+    try { return risky(x) + risky(x + 1); }
+    catch (const std::exception &error) { std::printf("%s\n", error.what()); return -1; }
+}
+int main(int argc, char **) { return catches(argc); }
+"#;
+    let shop = Workshop::with(&[("e.cc", source)]);
+    shop.run("g++", &["-O2", "-o", "e", "e.cc"]);
+    let image = shop.read("e");
+    let catches = find(&image, "catches");
+    let cold = image.locals(&format!("{}.cold", catches.name.clone().expect("named")), None);
+    assert_eq!(cold.len(), 1, "g++ puts handlers elsewhere");
+    let whole = image.body(&catches);
+    assert!(whole.ranges[1..].iter().any(|range| range.contains(&cold[0].address)), "{whole:?}");
+    let bare = shop.stripped("e");
+    assert_eq!(bare.body(&bare.function_at(catches.address).expect("known")), whole);
+}
