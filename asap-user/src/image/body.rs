@@ -20,7 +20,7 @@ const PARTS_MOST: usize = 64;
 
 impl Image {
     /// The code of `function`. Cold parts are found by name (`f.cold`) and, in stripped files, by decoding: a jump out of the
-    /// function to what is no function of its own.
+    /// function to what is no function of its own, and by where its exceptions land.
     #[must_use]
     pub fn body(&self, function: &Function) -> FunctionBody {
         let sized = |start: ImageOffset, size: u64| start..ImageOffset(start.0.saturating_add(size));
@@ -40,6 +40,11 @@ impl Image {
         let mut next = 0;
         while let Some(range) = ranges.get(next).cloned() {
             next += 1;
+            for pad in self.unwind.landing_pads(self, range.start) {
+                if ranges.len() < PARTS_MOST && !ranges.iter().any(|known| known.contains(&pad)) {
+                    ranges.extend(self.unwind.bounds_at(self, pad));
+                }
+            }
             for (target, is_conditional) in self.jumps_out_of(&range) {
                 if ranges.len() >= PARTS_MOST {
                     break;

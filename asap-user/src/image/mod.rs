@@ -6,6 +6,7 @@ mod bytes;
 mod debug_files;
 mod dynamic;
 mod error;
+mod landing_pads;
 mod minidebug;
 mod names;
 mod parse;

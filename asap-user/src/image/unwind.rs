@@ -93,6 +93,11 @@ impl Tables {
         })
     }
 
+    /// Where the exception table is of the code that begins at `start`.
+    pub(super) fn lsda(&self, image: &Image, start: ImageOffset) -> Option<gimli::Pointer> {
+        Open::of(self, image)?.fde_at(start.0).filter(|fde| fde.initial_address() == start.0)?.lsda()
+    }
+
     /// Bounds of all entries, by address.
     pub(super) fn all(&self, image: &Image) -> Vec<Range<ImageOffset>> {
         let Some(open) = Open::of(self, image) else { return Vec::new() };

@@ -76,3 +76,31 @@ __asm__(".text\n.globl sized_by_table\n.type sized_by_table, @function\nsized_by
     assert!(matches!(why_not(&image, "without_any"), LookupError::UnknownSize(_)));
     assert_eq!(image.symbolise(ImageOffset(sized.address.0 + 5)), Some(("without_any".into(), 1)));
 }
+
+/// A handler in a part of its own, to which only the exception table leads: newer compilers split functions that way.
+const HANDLER: &str = r#"
+int main(void) { return 0; }
+__asm__(".text\nthrows: ret\npersonality: ret\n"
+        ".globl handled\n.type handled, @function\nhandled:\n.cfi_startproc\n"
+        ".cfi_personality 0x1b, personality\n.cfi_lsda 0x1b, .Ltable\n"
+        "push %rbx\n.cfi_def_cfa_offset 16\n.Lcall: call throws\n.Lcalled: pop %rbx\n.cfi_def_cfa_offset 8\nret\n"
+        ".cfi_endproc\n.size handled, .-handled\n"
+        ".p2align 4\n.Lcold:\n.cfi_startproc\n.cfi_def_cfa_offset 16\nnop\n.Lpad: xor %eax, %eax\npop %rbx\n"
+        ".cfi_def_cfa_offset 8\nret\n.cfi_endproc\n.Lend:\n"
+        ".section .gcc_except_table, \"a\"\n.Ltable: .byte 0x1b\n.long .Lcold - .\n.byte 0xff, 0x01\n"
+        ".uleb128 .Lsites_end - .Lsites\n.Lsites:\n.uleb128 .Lcall - handled\n.uleb128 .Lcalled - .Lcall\n"
+        ".uleb128 .Lpad - .Lcold\n.uleb128 0\n.Lsites_end:\n.text\n");
+"#;
+
+#[test]
+fn a_handler_that_only_exceptions_reach_is_a_part() {
+    let shop = Workshop::with(&[("h.c", HANDLER)]);
+    shop.run("gcc", &["-O2", "-o", "h", "h.c"]);
+    let (image, bare) = (shop.read("h"), shop.stripped("h"));
+    let handled = find(&image, "handled");
+    let body = image.body(&handled);
+    assert_eq!(body.ranges.len(), 2, "{body:?}");
+    // nop; xor; pop; ret
+    assert_eq!(image.bytes_at(body.ranges[1].start, 5), Some(&[0x90, 0x31, 0xc0, 0x5b, 0xc3][..]));
+    assert_eq!(bare.body(&bare.function_at(handled.address).expect("known")), body);
+}
