@@ -1,2 +1,136 @@
-//! What asap's eBPF programs and its agent share: map keys, map values and events, as plain `#[repr(C)]` data.
+//! What asap's eBPF programs and its agent share: map keys, map values and events, as plain `#[repr(C)]` data without
+//! padding. Not for anything that only one of the two sides knows.
 #![no_std]
+
+/// Most bytes of a stack that one record can bring.
+pub const STACK_MAX: usize = 16 * 1024;
+/// A stack is copied page by page, since a copy that meets an unmapped page fails as a whole.
+pub const STACK_CHUNK: usize = 4096;
+
+/// Where the running kernel keeps what the programs read: byte offsets, found in its BTF when the agent starts.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Layout {
+    /// `task_struct.on_cpu`
+    pub on_cpu: u32,
+    /// `task_struct.__state`
+    pub state: u32,
+    /// `task_struct.exit_state`
+    pub exit_state: u32,
+    /// `task_struct.nvcsw`
+    pub voluntary_switches: u32,
+    /// `task_struct.nivcsw`
+    pub involuntary_switches: u32,
+    /// `task_struct.start_time`
+    pub start_time: u32,
+    /// `task_struct.thread_pid`
+    pub thread_pid: u32,
+    /// `task_struct.group_leader`
+    pub group_leader: u32,
+    /// `task_struct.signal`
+    pub signal: u32,
+    /// `signal_struct.live`
+    pub live: u32,
+    /// `pid.level`
+    pub pid_level: u32,
+    /// `pid.numbers`
+    pub pid_numbers: u32,
+    /// `sizeof(struct upid)`, of which `nr` is the first member
+    pub pid_number_size: u32,
+    /// Depth of the agent's pid namespace, 0 for the first: ids are told as the agent sees them.
+    pub agent_level: u32,
+}
+
+/// What the task iterator tells of one thread; `stack_length` bytes of its stack follow.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TaskRecord {
+    /// Thread id in the agent's pid namespace; 0: not visible there.
+    pub tid: i32,
+    /// Process id, likewise.
+    pub tgid: i32,
+    /// Depth of the thread's pid namespace.
+    pub level: u32,
+    /// Scheduler state (`TASK_RUNNING` is 0).
+    pub state: u32,
+    /// Not 0 while a CPU runs it.
+    pub on_cpu: u32,
+    /// Not 0 once it is dying.
+    pub exit_state: u32,
+    /// How often it has left a CPU.
+    pub epoch: u64,
+    /// When it was started, nanoseconds on the monotonic clock.
+    pub start_time: u64,
+    /// `struct pt_regs` as it left user mode: r15 r14 r13 r12 bp bx r11 r10 r9 r8 ax cx dx si di orig_ax ip cs flags sp ss.
+    pub regs: [u64; 21],
+    /// Bytes of stack that follow, from `sp` upwards.
+    pub stack_length: u64,
+}
+
+/// What the agent asks of the task iterator.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SnapshotRequest {
+    /// Bytes of stack wanted, at most [`STACK_MAX`].
+    pub stack_bytes: u64,
+}
+
+/// Kinds of a probe, as bits of its attach cookie; one place may be several.
+pub mod probe_kind {
+    /// A function begins here.
+    pub const ENTRY: u64 = 1;
+    /// A function ends here: a `ret`, or a jump out of it.
+    pub const EXIT: u64 = 2;
+    /// A return address that was seen on a stack.
+    pub const RETURN: u64 = 4;
+}
+
+/// Slots of the map of totals. Some are written by the programs only, the others by the agent only.
+pub mod total {
+    /// Entries less exits, of all threads (programs).
+    pub const SUM: u32 = 0;
+    /// Hits that could not be counted (programs).
+    pub const LOST: u32 = 1;
+    /// What the agent adds to the sum: activations from before the probes (agent).
+    pub const BASE: u32 = 2;
+    /// 1: tell when the sum reaches zero; the program that tells puts it back to 0.
+    pub const WANTED: u32 = 3;
+    /// How many slots there are.
+    pub const SLOTS: u32 = 4;
+}
+
+/// Something happened at a probe.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ProbeRecord {
+    /// 0: the sum fell to zero; else [`probe_kind::RETURN`].
+    pub kind: u32,
+    /// Thread, in the agent's pid namespace.
+    pub tid: i32,
+    /// Where.
+    pub ip: u64,
+}
+
+/// Kinds of life-cycle records.
+pub mod life {
+    /// `pid` made the process `other`.
+    pub const FORK: u32 = 1;
+    /// `pid` runs another program.
+    pub const EXEC: u32 = 2;
+    /// The last thread of `pid` has ended.
+    pub const EXIT: u32 = 3;
+}
+
+/// A watched process forked, executed a program, or ended.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LifeRecord {
+    /// See [`life`].
+    pub kind: u32,
+    /// The process, in the agent's pid namespace.
+    pub pid: i32,
+    /// The child of a fork, else 0.
+    pub other: i32,
+    /// Keeps the record free of padding.
+    pub reserved: u32,
+}

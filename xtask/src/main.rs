@@ -5,6 +5,7 @@ mod apache;
 mod bench;
 mod command;
 mod demo;
+mod ebpf;
 mod http;
 mod load;
 mod owned;
@@ -35,6 +36,12 @@ enum Task {
     },
     /// Repair a live Apache under load, and show what happened.
     Demo(demo::Options),
+    /// Build the eBPF object that the library embeds (nightly tool chain).
+    Ebpf {
+        /// Compare the stored object with its source, change nothing.
+        #[arg(long)]
+        check: bool,
+    },
     /// Measure.
     Bench {
         /// What to measure; everything if left out.
@@ -54,6 +61,7 @@ fn main() -> ExitCode {
         Task::Setup => setup::run(),
         Task::Test { filter } => test::run(filter.as_deref()),
         Task::Demo(options) => demo::run(options),
+        Task::Ebpf { check } => ebpf::run(check),
         Task::Bench { what, json, rounds } => bench::run(what, json, rounds),
     });
     match result {
