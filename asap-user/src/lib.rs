@@ -9,6 +9,7 @@ pub mod cli;
 pub mod engine;
 pub mod fault;
 pub mod image;
+pub mod kernel;
 pub mod patch;
 pub mod process;
 pub mod quiesce;
