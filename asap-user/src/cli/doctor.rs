@@ -38,7 +38,15 @@ struct Finding {
 
 impl Doctor {
     pub fn run(self, global: &Global) -> Result<(), Failure> {
-        let findings = Findings { findings: vec![root(), agent(global), directory(global)] };
+        let kernel = crate::kernel::features().into_iter().map(|feature| Finding {
+            name: feature.name.to_string(),
+            available: feature.available,
+            detail: feature.detail.to_string(),
+            gives: feature.gives.to_string(),
+            how_to_get: feature.how_to_get.to_string(),
+        });
+        let findings = [root(), agent(global), directory(global)].into_iter().chain(kernel).collect();
+        let findings = Findings { findings };
         global.show(&findings, || doctor(&findings))
     }
 }

@@ -8,6 +8,7 @@ use super::{
 use crate::{
     address::{LoadBias, TargetAddr},
     image::Image,
+    kernel::{self, Ebpf},
     process::{
         info::{self, ProcessInfo},
         ptrace::{Stopped, Stopping, TraceError},
@@ -15,36 +16,74 @@ use crate::{
     quiesce::{
         OpenThreads,
         observe::{How, Observation, Observer, Place, Region},
-        unwind::Unwinder,
+        snapshot::{SnapshotSource, TaskSnapshot},
+        unwind::{Unwinder, WalkRegisters},
     },
     report::{BusyThread, Failure},
 };
 use std::{
     collections::HashMap,
+    io,
     ops::Range,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-/// What this kernel offers for looking at threads; loaded once per agent.
-pub struct Observers;
+/// What this kernel offers for looking at threads; loaded when it is first needed, once per agent.
+#[derive(Default)]
+pub struct Observers {
+    ebpf: Option<Result<Ebpf, String>>,
+}
 
 impl Observers {
-    /// Loads it.
-    #[must_use]
-    pub fn load() -> Self {
-        Self
+    /// The eBPF programs, if this kernel takes them.
+    fn ebpf(&mut self) -> Result<&Ebpf, String> {
+        let loaded = self.ebpf.get_or_insert_with(|| {
+            Ebpf::load().map_err(|error| {
+                tracing::info!(%error, "no eBPF: threads are looked at through /proc and ptrace");
+                error.to_string()
+            })
+        });
+        loaded.as_ref().map_err(Clone::clone)
     }
 
     /// Whether a uprobe program may write registers here.
     ///
     /// # Errors
-    /// It may not.
-    pub fn redirect_available(&self) -> Result<(), Failure> {
+    /// It may not, or asap does not use it yet.
+    pub fn redirect_available(&mut self) -> Result<(), Failure> {
+        let reason = match self.ebpf() {
+            Ok(ebpf) => match ebpf.redirect_available() {
+                Ok(()) => "the engine does not install patches by redirection yet".to_owned(),
+                Err(error) => error.to_string(),
+            },
+            Err(reason) => reason,
+        };
         Err(Failure::refused(
-            "this kernel does not let a uprobe program redirect calls",
+            format!("calls can't be redirected by a uprobe program: {reason}"),
             "use --mechanism auto; see `asap doctor`",
         ))
+    }
+}
+
+/// Snapshots of all threads by the eBPF task iterator.
+struct Snapshots<'a>(&'a Ebpf);
+
+impl SnapshotSource for Snapshots<'_> {
+    fn snapshot(&mut self, pid: i32, stack_bytes: usize) -> io::Result<Vec<TaskSnapshot>> {
+        let tasks = self.0.snapshot(pid, stack_bytes).map_err(io::Error::other)?;
+        let convert = |task: kernel::TaskSnapshot| {
+            let regs = task.regs;
+            let preserved = [regs.bx, regs.bp, regs.r12, regs.r13, regs.r14, regs.r15];
+            TaskSnapshot {
+                tid: task.tid,
+                registers: WalkRegisters::bare(regs.ip, regs.sp).with_preserved(preserved),
+                on_cpu: task.on_cpu,
+                epoch: task.epoch,
+                stack: task.stack,
+            }
+        };
+        Ok(tasks.into_iter().map(convert).collect())
     }
 }
 
@@ -68,7 +107,8 @@ pub struct Verdict {
 }
 
 /// Checks one process for one transaction.
-pub struct Checker {
+pub struct Checker<'o> {
+    observers: &'o mut Observers,
     unwinder: Unwinder,
     regions: Vec<Region>,
     names: Vec<(Range<TargetAddr>, LoadBias, Arc<Image>, String)>,
@@ -76,9 +116,14 @@ pub struct Checker {
     open: OpenThreads,
 }
 
-impl Checker {
+impl<'o> Checker<'o> {
     /// For the threads of `process`, which must not be inside `regions`.
-    pub fn new(process: &TargetProcess, modules: &[Module], _observers: &mut Observers, regions: Vec<Region>) -> Self {
+    pub fn new(
+        process: &TargetProcess,
+        modules: &[Module],
+        observers: &'o mut Observers,
+        regions: Vec<Region>,
+    ) -> Self {
         let mut unwinder = Unwinder::new();
         let mut names = Vec::new();
         for module in modules {
@@ -93,7 +138,7 @@ impl Checker {
                 unwinder.add_code(patch.code.range(), bytes, table.start);
             }
         }
-        Self { unwinder, regions, names, seen: HashMap::new(), open: OpenThreads::default() }
+        Self { observers, unwinder, regions, names, seen: HashMap::new(), open: OpenThreads::default() }
     }
 
     /// Names of what nobody may be inside.
@@ -132,8 +177,12 @@ impl Checker {
     pub fn look_again(&mut self, process: &TargetProcess) -> Result<Verdict, Failure> {
         let known = std::mem::take(&mut self.seen);
         let looked_at: HashMap<i32, How> = known.iter().map(|(&tid, old)| (tid, old.how)).collect();
+        let mut snapshots = self.observers.ebpf().ok().map(Snapshots);
         let mut observer =
             Observer::new(process.pid, &process.memory, &mut self.unwinder, &self.regions, &mut self.open);
+        if let Some(snapshots) = &mut snapshots {
+            observer = observer.with_snapshots(snapshots);
+        }
         self.seen = observer.observe(known).map_err(|error| gone(process.pid, error))?;
         if self.seen.is_empty() {
             return Err(gone(process.pid, "no thread is left"));

@@ -48,7 +48,7 @@ impl Engine {
         // SAFETY: no memory is involved. Without the right to raise it the priority stays.
         unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -20) };
         raise_descriptor_limit();
-        Self { targets: BTreeMap::new(), images: ImageCache::default(), observers: check::Observers::load() }
+        Self { targets: BTreeMap::new(), images: ImageCache::default(), observers: check::Observers::default() }
     }
 
     /// The pid of the target that a request means.

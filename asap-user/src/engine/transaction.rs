@@ -46,7 +46,7 @@ enum Held {
 pub fn run(
     process: &mut TargetProcess,
     exchange: Exchange,
-    checker: &mut Checker,
+    checker: &mut Checker<'_>,
     terms: Terms,
     at_quiescence: &mut AtQuiescence<'_>,
 ) -> Result<ProcessPatchReport, Failure> {
@@ -93,7 +93,7 @@ fn micros(duration: Duration) -> u64 {
 fn attempt_until_quiet(
     process: &mut TargetProcess,
     exchange: &Exchange,
-    checker: &mut Checker,
+    checker: &mut Checker<'_>,
     terms: Terms,
     at_quiescence: &mut AtQuiescence<'_>,
     report: &mut ProcessPatchReport,
@@ -139,7 +139,7 @@ fn attempt_until_quiet(
 fn try_closed(
     process: &mut TargetProcess,
     exchange: &Exchange,
-    checker: &mut Checker,
+    checker: &mut Checker<'_>,
     at_quiescence: &mut AtQuiescence<'_>,
     report: &mut ProcessPatchReport,
 ) -> Result<Result<Held, Vec<BusyThread>>, Failure> {
@@ -194,7 +194,7 @@ fn try_closed(
     }
 }
 
-fn timed_out(process: &TargetProcess, busy: Vec<BusyThread>, terms: Terms, checker: &Checker) -> Failure {
+fn timed_out(process: &TargetProcess, busy: Vec<BusyThread>, terms: Terms, checker: &Checker<'_>) -> Failure {
     let names: Vec<_> = {
         let mut names: Vec<_> = busy.iter().map(|thread| thread.inside.clone()).collect();
         names.sort();
