@@ -77,6 +77,19 @@ static void *wait_inside(void *value) {
     return (void *)waits_inside((long)value);
 }
 
+__attribute__((noinline, noclone)) long ends_inside(long value) {
+    __asm__ volatile("" : "+r"(value));
+    if (value)
+        pthread_exit(NULL);
+    return value;
+}
+
+static void *finish(void *value) {
+    printf("%ld\n", gettid_());
+    fflush(stdout);
+    return (void *)ends_inside(1 + (long)value);
+}
+
 int main(int argc, char **argv) {
     (void)argv;
     char line[256];
@@ -99,6 +112,8 @@ int main(int argc, char **argv) {
             printf("rested\n");
         } else if (!strcmp(word, "wait"))
             pthread_create(&thread, NULL, wait_inside, (void *)number);
+        else if (!strcmp(word, "finish"))
+            pthread_create(&thread, NULL, finish, NULL);
         else if (!strcmp(word, "go")) {
             if (write(hold[1], "x", 1) != 1)
                 return 1;

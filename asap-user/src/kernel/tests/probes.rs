@@ -108,6 +108,44 @@ fn a_longjmp_leaves_the_count_up_until_a_look_settles_it() {
 }
 
 #[test]
+fn exceptions_pass_through_probed_functions() {
+    let Some(ebpf) = loaded("exceptions_pass_through_probed_functions") else { return };
+    let mut fixture = Fixture::start_throwing();
+    let pid = fixture.pid();
+    let set = ebpf.arm(&plan(&fixture, &["thrower", "between", "catcher"])).expect("armed");
+    assert_eq!(fixture.order("call 0"), "1");
+    assert_eq!(set.sum().expect("a sum"), 0);
+    assert_eq!(fixture.order("throw 7"), "-7", "the exception is caught as ever");
+    assert_eq!(fixture.order("throw 8"), "-8");
+    assert_eq!(
+        set.sum().expect("a sum"),
+        4,
+        "two functions were left by an exception, twice; the one that caught it returned"
+    );
+    rests(&ebpf, pid, pid);
+    set.set_baseline(pid, 0, set.counted(pid).expect("counted")).expect("settled");
+    assert!(set.is_quiet().expect("counts"));
+    assert_eq!(fixture.order("call 0"), "1");
+    assert!(set.is_quiet().expect("counts"), "later counts are right again");
+}
+
+#[test]
+fn a_thread_that_ends_inside_is_settled_by_its_end() {
+    let Some(ebpf) = loaded("a_thread_that_ends_inside_is_settled_by_its_end") else { return };
+    let mut fixture = Fixture::start();
+    let set = ebpf.arm(&plan(&fixture, &["ends_inside"])).expect("armed");
+    let tid: i32 = fixture.order("finish").parse().expect("a thread id");
+    let begin = Instant::now();
+    while std::fs::exists(format!("/proc/{}/task/{tid}", fixture.pid())).expect("readable") {
+        assert!(begin.elapsed() < Duration::from_secs(10), "thread {tid} does not end");
+        sleep(Duration::from_millis(2));
+    }
+    assert_eq!(set.counts().expect("counts").get(&tid), Some(&1));
+    set.set_baseline(tid, 0, set.counted(tid).expect("counted")).expect("settled");
+    assert!(set.is_quiet().expect("counts"));
+}
+
+#[test]
 fn activations_from_before_the_probes_are_told_by_a_baseline() {
     let Some(ebpf) = loaded("activations_from_before_the_probes_are_told_by_a_baseline") else { return };
     let mut fixture = Fixture::start();
