@@ -13,7 +13,7 @@ use super::{
     revert,
     stage::{self, PatchIdentity, Staged},
     target::Target,
-    transaction::{self, Terms},
+    transaction::{self, AtQuiescence, Terms},
 };
 use crate::{
     patch::PatchObject,
@@ -196,7 +196,9 @@ impl Work<'_> {
         let functions = plan::functions(process, &mut modules, images, self.pairs, self.request.address)?;
         let home = &modules[functions[0].module];
         // A variable of the same name in the patch is another variable: the two would part ways unnoticed.
-        let copies = self.object.variables().into_iter().filter(|variable| variable.writable);
+        // The compiler's pointers to personality routines are the same in all objects, and never change.
+        let is_personality = |name: &str| name.starts_with("DW.ref.");
+        let copies = self.object.variables().into_iter().filter(|v| v.writable && !is_personality(&v.name));
         let twin = |name: &str| {
             home.image.locals(name, None).iter().any(|symbol| symbol.kind == crate::image::SymbolKind::Data)
         };
@@ -262,7 +264,7 @@ impl Work<'_> {
         let done = (|| {
             let exchange = Exchange::prepare(process, goal, OldMemory::Free)?;
             let mut checker = Checker::new(process, modules, observers, regions);
-            let mut at_quiescence = |process: &mut TargetProcess| hooks::run(process, &hooks.pre_apply);
+            let mut at_quiescence = AtQuiescence { hooks: &hooks.pre_apply, last: &mut |_| Ok(()) };
             let done = transaction::run(process, exchange, &mut checker, self.terms, &mut at_quiescence)?;
             let next = self.identity.id.0 + 1;
             record(process, |ledger| ledger.next_patch = ledger.next_patch.max(next))?;

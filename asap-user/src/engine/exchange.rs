@@ -320,9 +320,14 @@ pub fn record(process: &mut TargetProcess, change: impl FnOnce(&mut super::ledge
 fn copy_of(process: &mut TargetProcess, spare: TargetAddr, clean: &[u8], bytes: &[u8]) -> Result<TargetAddr, Failure> {
     let pid = process.pid;
     let copy = pages::duplicate(&mut process.puppet, spare).map_err(|error| explain(pid, error))?;
-    if bytes != clean
-        && let Err(error) = write_differences(process, copy, clean, bytes)
-    {
+    if bytes == clean {
+        return Ok(copy);
+    }
+    if let Err(error) = pages::keep_apart(&mut process.puppet, copy) {
+        let _ = pages::unmap(&mut process.puppet, copy, PAGE_SIZE);
+        return Err(explain(pid, error));
+    }
+    if let Err(error) = write_differences(process, copy, clean, bytes) {
         let _ = pages::unmap(&mut process.puppet, copy, PAGE_SIZE);
         return Err(Failure::refused(
             format!("the copy of a text page in process {pid} can't be written: {error}"),

@@ -184,6 +184,9 @@ impl Operations for Engine {
     }
 
     fn housekeeping(&mut self) {
+        // The helpers of processes that have ended go with them; new children carry the patches that their parents had, and
+        // are taken into care when something is asked about them.
+        self.targets.values_mut().for_each(Target::bury_dead);
         self.targets.retain(|pid, target| {
             let alive = target.is_alive();
             if !alive {
@@ -191,11 +194,6 @@ impl Operations for Engine {
             }
             alive
         });
-        // The helpers of processes that have ended go with them; new children carry the patches that their parents had, and
-        // are taken into care when something is asked about them.
-        for target in self.targets.values_mut() {
-            target.processes.retain(|_, process| process.is_alive());
-        }
     }
 }
 

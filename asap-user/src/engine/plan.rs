@@ -57,7 +57,8 @@ pub fn pairs(request: &PatchRequest, object: &PatchObject) -> Result<Vec<(String
             let functions = object.functions();
             let matching: Vec<_> = functions
                 .iter()
-                .filter(|f| f.name == bare || demangle(&f.name) == bare || unqualified(&f.name) == bare)
+                // What has a dot in its name is a part or a variant that the compiler split off (`f.cold`).
+                .filter(|f| f.name == bare || !f.name.contains('.') && is_called(&f.name, &bare))
                 .collect();
             match matching.as_slice() {
                 [one] => Ok((wanted.clone(), one.name.clone())),
@@ -78,6 +79,11 @@ pub fn pairs(request: &PatchRequest, object: &PatchObject) -> Result<Vec<(String
             }
         })
         .collect()
+}
+
+/// Whether a symbol stands for what a user calls `name`, with or without the types of its arguments.
+fn is_called(symbol: &str, name: &str) -> bool {
+    demangle(symbol) == name || unqualified(symbol) == name
 }
 
 /// `ns::f` for `ns::f(int)`.
@@ -159,6 +165,12 @@ fn locate(modules: &[Module], wanted: &str, query: FunctionQuery) -> Result<(usi
                 return Err(Failure::refused(format!("{}: {error}", module.path), way_out(&error, wanted)));
             }
         }
+    }
+    if let Some(address) = query.address {
+        return Err(Failure::refused(
+            format!("no module of the process has a function {wanted} at {address}"),
+            "leave out --address: asap lists the candidates and their addresses where there are several",
+        ));
     }
     similar.truncate(5);
     let hint = if similar.is_empty() { String::new() } else { format!("; similar names: {}", similar.join(", ")) };

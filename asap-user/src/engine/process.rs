@@ -9,6 +9,7 @@ use crate::{
     address::{PAGE_SIZE, TargetAddr},
     process::{
         gate::Gatekeeper,
+        info::ProcessInfo,
         inject::Gadgets,
         maps::Maps,
         memory::Memory,
@@ -191,13 +192,46 @@ impl TargetProcess {
         Ok((puppet, borrowed, book))
     }
 
-    /// The process is the one that was attached, and lives.
+    /// The process is the one that was attached, lives, and runs the program that it ran then.
     #[must_use]
     pub fn is_alive(&self) -> bool {
+        !self.has_ended() && self.has_its_memory()
+    }
+
+    /// execve(2) gives a process a new address space; the puppet keeps the old one.
+    fn has_its_memory(&self) -> bool {
+        /// `KCMP_VM` of kcmp(2).
+        const SAME_MEMORY: i32 = 1;
+        // SAFETY: no pointers are passed.
+        let differs = unsafe { libc::syscall(libc::SYS_kcmp, self.pid, self.puppet.pid(), SAME_MEMORY, 0, 0) };
+        // Where the kernel can't compare (-1) it is taken for the same. A main thread that has ended before the others has no
+        // address space any more, which says nothing.
+        differs <= 0 || ProcessInfo::of(self.pid).is_ok_and(|info| info.state == 'Z')
+    }
+
+    /// Lets go of a process that is not alive any more. One that runs another program now is rid of its dead helper.
+    pub fn bury(self) {
+        if self.has_ended() {
+            return;
+        }
+        let Self { pid, puppet, .. } = self;
+        let of_the_new_program = || {
+            let memory = Memory::open(pid)?;
+            let gadgets = Gadgets::find(&Maps::of(pid)?, &memory).map_err(io::Error::other)?;
+            io::Result::Ok((memory, gadgets))
+        };
+        if let Ok((memory, gadgets)) = of_the_new_program()
+            && let Err(error) = puppet.dismiss(&memory, gadgets)
+        {
+            tracing::warn!(pid, %error, "a dead helper could not be reaped");
+        }
+    }
+
+    fn has_ended(&self) -> bool {
         use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
         // Readable when the process has ended (pidfd_open(2)).
         let mut ended = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
-        matches!(poll(&mut ended, PollTimeout::ZERO), Ok(0))
+        !matches!(poll(&mut ended, PollTimeout::ZERO), Ok(0))
     }
 
     /// Its mappings now.

@@ -12,7 +12,7 @@ use super::{
     process::TargetProcess,
     stage::hook_failed,
     target::Target,
-    transaction::{self, Terms},
+    transaction::{self, AtQuiescence, Terms},
 };
 use crate::quiesce::observe::Region;
 use crate::report::{
@@ -131,8 +131,7 @@ pub fn from_process(
     let regions = vec![Region { ranges: vec![whole], label: format!("patch {}", patch.name) }];
     let mut checker = Checker::new(process, &modules, observers, regions);
     let mut unregistered = false;
-    let mut at_quiescence = |process: &mut TargetProcess| {
-        hooks::run(process, &patch.hooks.pre_revert)?;
+    let mut deregister = |process: &mut TargetProcess| {
         // Nobody is inside, so nothing can be unwound through it any more.
         if let Some(table) = registered.filter(|_| !lazy) {
             let pid = process.pid;
@@ -141,6 +140,7 @@ pub fn from_process(
         }
         Ok(())
     };
+    let mut at_quiescence = AtQuiescence { hooks: &patch.hooks.pre_revert, last: &mut deregister };
     let done = transaction::run(process, exchange, &mut checker, terms, &mut at_quiescence);
     let report = match (done, registered, patch.registered) {
         (Err(failure), Some(table), Some(object)) if unregistered => {

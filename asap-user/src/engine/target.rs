@@ -75,7 +75,7 @@ impl Target {
     /// # Errors
     /// A descendant can't be attached although it lives.
     pub fn discover(&mut self) -> Result<Vec<i32>, Failure> {
-        self.processes.retain(|_, process| process.is_alive());
+        self.bury_dead();
         let mut found = Vec::new();
         if self.only {
             return Ok(found);
@@ -103,6 +103,12 @@ impl Target {
                 return Ok(found);
             }
         }
+    }
+
+    /// Lets go of processes that have ended or run another program.
+    pub fn bury_dead(&mut self) {
+        let dead: Vec<i32> = self.processes.values().filter(|process| !process.is_alive()).map(|p| p.pid).collect();
+        dead.iter().filter_map(|pid| self.processes.remove(pid)).for_each(TargetProcess::bury);
     }
 
     /// Whether `pid` still lives and runs the target's executable.

@@ -4,8 +4,10 @@
 use super::{
     check::{Checker, Verdict},
     exchange::{Closed, Exchange, GateTime},
-    process::TargetProcess,
+    hooks,
+    process::{TargetProcess, gone},
 };
+use crate::address::TargetAddr;
 use crate::process::ptrace::Stopped;
 use crate::report::{BusyThread, Consistency, Failure, FailureKind, ProcessPatchReport, TargetState};
 use std::time::{Duration, Instant};
@@ -26,8 +28,21 @@ pub struct Terms {
     pub consistency: Consistency,
 }
 
-/// Code to be run at the quiescent point, before the pages are exchanged.
-pub type AtQuiescence<'a> = dyn FnMut(&mut TargetProcess) -> Result<(), Failure> + 'a;
+/// What is to be done at the quiescent point, before the pages are exchanged.
+pub struct AtQuiescence<'a> {
+    /// Hooks of the patch. They may call any code of the target, on the pages with closed gates as well: where there are hooks,
+    /// all threads are stopped and the gates opened again before they run.
+    pub hooks: &'a [TargetAddr],
+    /// What comes after them.
+    pub last: &'a mut dyn FnMut(&mut TargetProcess) -> Result<(), Failure>,
+}
+
+impl AtQuiescence<'_> {
+    fn run(&mut self, process: &mut TargetProcess) -> Result<(), Failure> {
+        hooks::run(process, self.hooks)?;
+        (self.last)(process)
+    }
+}
 
 /// What keeps threads out while the pages are exchanged.
 enum Held {
@@ -101,7 +116,7 @@ fn attempt_until_quiet(
     if terms.consistency == Consistency::Lazy {
         report.quiescence = "lazy: old activations finish in old code".into();
         report.attempts = 1;
-        at_quiescence(process)?;
+        at_quiescence.run(process)?;
         return Ok(Held::Free);
     }
     let by_gate = process.gates.is_ok();
@@ -116,6 +131,9 @@ fn attempt_until_quiet(
     let mut pause = PAUSE.0;
     loop {
         report.attempts += 1;
+        if !process.is_alive() {
+            return Err(gone(process.pid, "it has exited or runs another program now"));
+        }
         // With the gates open: most threads don't run, and what is found of them holds until they do.
         let verdict = checker.look(process)?;
         note_check(report, &verdict);
@@ -147,7 +165,7 @@ fn try_closed(
         let verdict = checker.look_again(process)?;
         note_check(report, &verdict);
         if verdict.busy.is_empty() {
-            at_quiescence(process)?;
+            at_quiescence.run(process)?;
             return Ok(Ok(Held::Free));
         }
         return Ok(Err(verdict.busy));
@@ -158,7 +176,7 @@ fn try_closed(
         report.threads = verdict.threads;
         report.threads_stopped += verdict.stopped;
         if verdict.busy.is_empty() {
-            at_quiescence(process)?;
+            at_quiescence.run(process)?;
             return Ok(Ok(Held::Stopped(threads, since)));
         }
         drop(threads);
@@ -167,14 +185,20 @@ fn try_closed(
     }
     let closed = exchange.close_gates(process)?;
     let begin = Instant::now();
-    let found: Result<Result<(), Vec<BusyThread>>, Failure> = loop {
+    let found: Result<Result<Option<Vec<Stopped>>, Vec<BusyThread>>, Failure> = loop {
         let verdict = match checker.look_again(process) {
             Ok(verdict) => verdict,
             Err(failure) => break Err(failure),
         };
         note_check(report, &verdict);
         if verdict.busy.is_empty() {
-            break at_quiescence(process).map(Ok);
+            if at_quiescence.hooks.is_empty() {
+                break at_quiescence.run(process).map(|()| Ok(None));
+            }
+            break checker.stop_all(process).map(|(threads, verdict)| {
+                report.threads_stopped += verdict.stopped;
+                if verdict.busy.is_empty() { Ok(Some(threads)) } else { Err(verdict.busy) }
+            });
         }
         if begin.elapsed() > DRAIN || !verdict.may_drain {
             break Ok(Err(verdict.busy));
@@ -182,7 +206,13 @@ fn try_closed(
         std::thread::yield_now();
     };
     match found {
-        Ok(Ok(())) => Ok(Ok(Held::Gates(closed))),
+        Ok(Ok(None)) => Ok(Ok(Held::Gates(closed))),
+        Ok(Ok(Some(threads))) => {
+            let since = Instant::now();
+            note(report, &exchange.reopen(process, closed));
+            at_quiescence.run(process)?;
+            Ok(Ok(Held::Stopped(threads, since)))
+        }
         Ok(Err(busy)) => {
             note(report, &exchange.reopen(process, closed));
             Ok(Err(busy))

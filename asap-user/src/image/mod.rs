@@ -192,6 +192,13 @@ impl Image {
     pub fn unwind(&self) -> UnwindSections<'_> {
         self.unwind.sections(self)
     }
+
+    /// Offset in .eh_frame of the entry that holds `at`. Found also where there is no .eh_frame_hdr: statically linked
+    /// programs have none.
+    #[must_use]
+    pub fn unwind_entry(&self, at: ImageOffset) -> Option<usize> {
+        self.unwind.entry_at(self, at)
+    }
 }
 
 #[cfg(test)]

@@ -82,6 +82,11 @@ impl Tables {
         Open::of(self, image)?.fde_at(at.0).and_then(|fde| bounds(&fde))
     }
 
+    /// Offset in .eh_frame of the entry that holds `at`.
+    pub(super) fn entry_at(&self, image: &Image, at: ImageOffset) -> Option<usize> {
+        Open::of(self, image)?.fde_at(at.0).map(|fde| fde.offset())
+    }
+
     /// At `start`, where a table entry begins, only the return address lies above the stack pointer, as after a call.
     pub(super) fn begins_like_a_function(&self, image: &Image, start: ImageOffset) -> bool {
         let Some(open) = Open::of(self, image) else { return false };

@@ -144,6 +144,14 @@ impl Signals {
     }
 }
 
+/// The number of a process in its innermost pid namespace (proc_pid_status(5), NSpid).
+#[must_use]
+pub fn number_in_its_namespace(pid: i32) -> Option<i32> {
+    let status = String::from_utf8_lossy(&fs::read(format!("/proc/{pid}/status")).ok()?).into_owned();
+    let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
+    numbers.split_ascii_whitespace().last()?.parse().ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -22,6 +22,18 @@ pub fn duplicate(puppet: &mut Puppet, from: TargetAddr) -> Result<TargetAddr, Pu
     puppet.syscall("mremap (second mapping of a text page)", libc::SYS_mremap, arguments).map(TargetAddr)
 }
 
+/// Keeps the page at `copy`, which is about to be written to, from merging with its neighbours. What it is written with belongs
+/// to an `anon_vma`, which the neighbours would inherit; two parts of a text that have inherited different ones never merge
+/// again, and the memory map would stay split (P5; mm/vma.c, is_mergeable_anon_vma). Mappings with different advice don't
+/// merge; this advice is about reading ahead, and means nothing for a page that is there.
+///
+/// # Errors
+/// The puppet is gone.
+pub fn keep_apart(puppet: &mut Puppet, copy: TargetAddr) -> Result<(), PuppetError> {
+    let arguments = [copy.0, PAGE_SIZE, libc::MADV_RANDOM as u64, 0, 0, 0];
+    puppet.syscall("madvise", libc::SYS_madvise, arguments).map(drop)
+}
+
 /// Unmaps `length` bytes at `at`.
 ///
 /// # Errors

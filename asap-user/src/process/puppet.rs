@@ -483,7 +483,9 @@ pub fn reap(target: i32, puppet: i32, memory: &Memory, gadgets: Gadgets) -> Resu
     }
     let mut injection = Injection::begin(thread, memory, gadgets)?;
     let options = (libc::__WALL | libc::WNOHANG) as u64;
-    let reaped = injection.syscall(libc::SYS_wait4, [puppet as u64, 0, options, 0, 0, 0], |_, _| ());
+    // The target may live in a namespace of its own: there the puppet has another number.
+    let number = info::number_in_its_namespace(puppet).unwrap_or(puppet);
+    let reaped = injection.syscall(libc::SYS_wait4, [number as u64, 0, options, 0, 0, 0], |_, _| ());
     injection.end()?;
     let failed = |error| PuppetError::Call { pid: target, call: "wait4", error };
     reaped?.map_err(failed)?;

@@ -4,12 +4,12 @@
 
 use super::signal_frame;
 use crate::{
-    address::{LoadBias, TargetAddr},
-    image::{Image, UnwindSections},
+    address::{ImageOffset, LoadBias, TargetAddr},
+    image::Image,
 };
 use gimli::{
-    BaseAddresses, CfaRule, EhFrame, EhFrameHdr, EndianSlice, EvaluationResult, LittleEndian, Register, RegisterRule,
-    UnwindContext, UnwindSection, Value, X86_64,
+    BaseAddresses, CfaRule, EhFrame, EhFrameOffset, EndianSlice, EvaluationResult, LittleEndian, Register,
+    RegisterRule, UnwindContext, UnwindSection, Value, X86_64,
 };
 use std::{collections::HashMap, ops::Range, sync::Arc};
 
@@ -298,25 +298,18 @@ impl Unwinder {
     fn lookup<T>(&self, at: u64, then: impl FnOnce(&Found<'_, '_>) -> T) -> Result<T, &'static str> {
         let module = self.module_at(at).ok_or("it leads outside all known code")?;
         let local = at.wrapping_sub(module.bias);
-        let (bases, frames, header) = match &module.tables {
+        let (frames, frames_at, entry) = match &module.tables {
             Tables::Image(image) => {
-                let UnwindSections { eh_frame_hdr, eh_frame, .. } = image.unwind();
-                let (Some((header_at, header)), Some((frames_at, frames))) = (eh_frame_hdr, eh_frame) else {
-                    return Err("a module without unwind tables");
-                };
-                let bases = BaseAddresses::default().set_eh_frame_hdr(header_at.0).set_eh_frame(frames_at.0);
-                (bases, frames, Some(header))
+                let (frames_at, frames) = image.unwind().eh_frame.ok_or("a module without unwind tables")?;
+                let entry = image.unwind_entry(ImageOffset(local)).ok_or("code without an unwind table")?;
+                (frames, frames_at.0, Some(EhFrameOffset(entry)))
             }
-            Tables::Bare { frames, at } => (BaseAddresses::default().set_eh_frame(*at), &frames[..], None),
+            Tables::Bare { frames, at } => (&frames[..], *at, None),
         };
+        let bases = BaseAddresses::default().set_eh_frame(frames_at);
         let section: EhFrame<Reader<'_>> = EhFrame::new(frames, LittleEndian);
-        let fde = match header {
-            Some(header) => {
-                let parsed =
-                    EhFrameHdr::new(header, LittleEndian).parse(&bases, 8).map_err(|_| "damaged unwind tables")?;
-                let table = parsed.table().ok_or("a module without an unwind index")?;
-                table.fde_for_address(&section, &bases, local, EhFrame::cie_from_offset)
-            }
+        let fde = match entry {
+            Some(entry) => section.fde_from_offset(&bases, entry, EhFrame::cie_from_offset),
             None => section.fde_for_address(&bases, local, EhFrame::cie_from_offset),
         };
         let fde = fde.map_err(|_| "code without an unwind table")?;

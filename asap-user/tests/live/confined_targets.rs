@@ -1,0 +1,80 @@
+//! Targets that are hard to come near to: other users, no dumps, seccomp, locked memory, other namespaces.
+
+use crate::support::{Fixture, Lab, Snapshot, Source, runs, wait_until};
+use std::process::Command;
+
+fn confined(arguments: &[&str]) -> Fixture {
+    Source::of(&["confined.c"]).start(arguments)
+}
+
+/// Attaches, patches, reverts, leaves; nothing remains.
+fn assert_can_be_patched(lab: &Lab, target: &Fixture, pid: i32, what: &str) {
+    let before = Snapshot::of(pid);
+    lab.attach(pid);
+    let fix = lab.object("static int calls; int victim(int x) { calls++; return x + 2; }");
+    lab.patch(&["--function", "victim", &fix]);
+    assert_eq!(target.number("call 1"), 3, "{what}");
+    lab.revert(&[]);
+    assert_eq!(target.number("call 1"), 2, "{what}");
+    lab.patch(&["--function", "victim", &fix]);
+    lab.detach(&[]);
+    assert_eq!(target.number("call 1"), 3, "{what}");
+    lab.attach(pid);
+    assert_eq!(lab.detach(&["--revert"]).remaining.len(), 0, "{what}");
+    assert_eq!(target.number("call 1"), 2, "{what}");
+    Snapshot::of(pid).assert_same(&before, what);
+}
+
+#[test]
+fn a_process_of_another_user() {
+    let Some(lab) = Lab::new("a_process_of_another_user") else { return };
+    let target = confined(&["uid=65534"]);
+    assert_can_be_patched(&lab, &target, target.pid(), "another user's");
+}
+
+#[test]
+fn a_process_that_is_not_dumpable() {
+    let Some(lab) = Lab::new("a_process_that_is_not_dumpable") else { return };
+    let target = confined(&["uid=65534", "dumpable"]);
+    assert_can_be_patched(&lab, &target, target.pid(), "not dumpable");
+}
+
+#[test]
+fn a_process_that_seccomp_kills_for_what_a_helper_does() {
+    let Some(lab) = Lab::new("a_process_that_seccomp_kills_for_what_a_helper_does") else { return };
+    let target = confined(&["seccomp"]);
+    assert_can_be_patched(&lab, &target, target.pid(), "seccomp");
+    let target = confined(&["uid=65534", "dumpable", "seccomp"]);
+    assert_can_be_patched(&lab, &target, target.pid(), "all of it");
+}
+
+#[test]
+fn a_process_with_locked_memory() {
+    let Some(lab) = Lab::new("a_process_with_locked_memory") else { return };
+    let target = confined(&["locked"]);
+    assert_can_be_patched(&lab, &target, target.pid(), "locked");
+}
+
+#[test]
+fn a_process_in_other_namespaces() {
+    let Some(lab) = Lab::new("a_process_in_other_namespaces") else { return };
+    // Its own pids, its own view of /tmp: the executable's path means nothing here.
+    let program = lab.path("inside");
+    std::fs::create_dir(&program).expect("made");
+    let program = program.join("confined");
+    std::fs::copy(Source::of(&["confined.c"]).build(), &program).expect("copied");
+    let script = format!("mount -t tmpfs none {0} && exec \"$0\"", lab.path("hidden").display());
+    std::fs::create_dir(lab.path("hidden")).expect("made");
+    let inner = lab.path("hidden").join("confined");
+    let script = script.replace("exec \"$0\"", &format!("cp {0} {1} && exec {1}", program.display(), inner.display()));
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", &script]);
+    let target = Fixture::start(&mut command);
+    let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", target.pid())).expect("it runs");
+    let pid: i32 = children.trim().parse().expect("one child");
+    assert!(!inner.exists(), "the executable is visible in its own namespace only");
+    // Process 1 of its namespace, not of this system.
+    assert_can_be_patched(&lab, &target, pid, "namespaces");
+    drop(target);
+    wait_until("it ends", || !runs(pid));
+}

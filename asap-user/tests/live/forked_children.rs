@@ -1,0 +1,122 @@
+//! Parents and children: a patch is in all processes of a target or in none, and no child runs without it.
+
+use crate::support::{Fixture, Lab, Snapshot, Source, wait_until};
+
+fn workers() -> Fixture {
+    Source::of(&["workers.c"]).start(&["1"])
+}
+
+fn adds(lab: &Lab, more: i32) -> String {
+    lab.object(&format!("int victim(int x) {{ return x + {more}; }}"))
+}
+
+/// Pid, value, beats of each child; fails where one computed wrong.
+fn children(target: &Fixture) -> Vec<(i32, i64, i64)> {
+    let answer = target.ask("children");
+    let numbers = |word: &str| word.split(':').map(|n| n.parse().expect("a number")).collect::<Vec<i64>>();
+    let found = answer.split_whitespace().map(|word| {
+        let child = numbers(word);
+        assert_eq!(child[3], 0, "{answer}");
+        (child[0] as i32, child[1], child[2])
+    });
+    found.collect()
+}
+
+/// Waits until every child has called the function again from now on, and gives what they got.
+fn fresh_values(target: &Fixture) -> Vec<i64> {
+    let before = children(target);
+    let mut now = Vec::new();
+    wait_until("every child called the function again", || {
+        now = children(target);
+        now.iter().zip(&before).all(|(now, before)| now.2 >= before.2 + 2)
+    });
+    now.into_iter().map(|(_, value, _)| value).collect()
+}
+
+#[test]
+fn children_forked_before_and_after_the_patch_carry_it() {
+    let Some(lab) = Lab::new("children_forked_before_and_after_the_patch_carry_it") else { return };
+    let target = workers();
+    target.ask("fork 4");
+    assert_eq!(fresh_values(&target), [11; 4]);
+    let first = children(&target)[0].0;
+    let (before, before_child) = (Snapshot::of(target.pid()), Snapshot::of(first));
+    let attached = lab.attach(target.pid());
+    assert_eq!(attached.target.processes.len(), 5);
+    target.ask("fork 2");
+    let report = lab.patch(&["--function", "victim", &adds(&lab, 2)]);
+    assert_eq!(report.processes.len(), 7, "{report:?}");
+    assert_eq!(fresh_values(&target), [12; 6]);
+    assert_eq!(target.numbers("storm 20"), [12; 20], "children are born patched");
+    target.ask("fork 3");
+    assert_eq!(fresh_values(&target), [12; 9]);
+    wait_until("the new children are in care", || lab.status().targets[0].processes.len() == 10);
+
+    lab.patch(&["--function", "victim", &adds(&lab, 3)]);
+    assert_eq!(fresh_values(&target), [13; 9]);
+    lab.revert(&[]);
+    assert_eq!(fresh_values(&target), [12; 9]);
+    let left = lab.detach(&["--revert"]);
+    assert_eq!((left.reverted.len(), left.remaining.len()), (1, 0));
+    assert_eq!(fresh_values(&target), [11; 9]);
+    assert_eq!(target.numbers("storm 5"), [11; 5]);
+    let mut now = Snapshot::of(target.pid());
+    now.forget_children(&before);
+    now.assert_same(&before, "the parent");
+    Snapshot::of(first).assert_same(&before_child, "a child");
+}
+
+#[test]
+fn children_of_a_patched_process_without_an_agent_are_found_later() {
+    let Some(lab) = Lab::new("children_of_a_patched_process_without_an_agent_are_found_later") else { return };
+    let target = workers();
+    lab.attach(target.pid());
+    lab.patch(&["--function", "victim", &adds(&lab, 2)]);
+    lab.kill_agent();
+    target.ask("fork 3");
+    assert_eq!(fresh_values(&target), [12; 3]);
+    let attached = lab.attach(target.pid());
+    assert_eq!((attached.adopted, attached.target.processes.len()), (true, 4));
+    assert!(attached.target.processes.iter().all(|process| process.patches.len() == 1), "{attached:?}");
+    lab.detach(&["--revert"]);
+    assert_eq!(fresh_values(&target), [11; 3]);
+}
+
+#[test]
+fn a_parent_that_forks_all_the_time_has_no_unpatched_child() {
+    let Some(lab) = Lab::new("a_parent_that_forks_all_the_time_has_no_unpatched_child") else { return };
+    let target = workers();
+    target.ask("fork 5");
+    lab.attach(target.pid());
+    target.ask("often");
+    for (more, result) in [(2, 12), (3, 13)] {
+        lab.patch(&["--function", "victim", &adds(&lab, more)]);
+        let values = fresh_values(&target);
+        assert!(values.iter().all(|&value| value == result), "{values:?}");
+    }
+    lab.revert(&[]);
+    let values = fresh_values(&target);
+    assert!(values.iter().all(|&value| value == 12), "{values:?}");
+    println!("{} children", target.number("enough"));
+    lab.detach(&["--revert"]);
+    let values = fresh_values(&target);
+    assert!(values.iter().all(|&value| value == 11), "{values:?}");
+    assert_eq!(target.numbers("counts")[3], 0);
+}
+
+#[test]
+fn only_leaves_children_alone() {
+    let Some(lab) = Lab::new("only_leaves_children_alone") else { return };
+    let target = workers();
+    target.ask("fork 3");
+    fresh_values(&target);
+    let attached = lab.attach_with(target.pid(), &["--only"]);
+    assert_eq!(attached.target.processes.len(), 1);
+    let child = Snapshot::of(children(&target)[0].0);
+    let report = lab.patch(&["--function", "victim", &adds(&lab, 2)]);
+    assert_eq!(report.processes.len(), 1);
+    assert_eq!(target.number("call 10"), 12);
+    assert_eq!(fresh_values(&target), [11; 3]);
+    Snapshot::of(children(&target)[0].0).assert_same(&child, "a child that was not meant");
+    assert_eq!(lab.detach(&["--revert"]).clean, Some(true));
+}

@@ -1,0 +1,22 @@
+//! The real program on real processes: one module per behaviour that a user can see, the promises P1 to P6 by their names.
+//! Programs to be patched are in `tests/fixtures`; tests that need root say so and are skipped without it.
+
+mod confined_targets;
+mod dry_run;
+mod endurance;
+mod forked_children;
+mod hooks;
+mod p1_target_outlives_the_agent;
+mod p2_all_or_nothing;
+mod p3_quiescent;
+mod p4_never_writable_and_executable;
+mod p5_invisible;
+mod p6_refuses_functions;
+mod p6_refuses_objects;
+mod p6_refuses_processes;
+mod patch_and_revert;
+mod patch_languages;
+mod patch_references;
+mod replaced_executable;
+mod support;
+mod target_changes_midway;

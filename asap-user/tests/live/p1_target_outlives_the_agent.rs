@@ -1,0 +1,148 @@
+//! P1: the agent can be killed at any instruction. The target runs on, every thread of it, and the next agent finds what the dead
+//! one left, and can take it out.
+
+use crate::support::{Fixture, Lab, Random, Snapshot, Source, kill, lab_answer, runs, wait_until};
+use std::time::Duration;
+
+fn fix(lab: &Lab) -> String {
+    lab.object("int victim(int x) { return x + 2; }")
+}
+
+/// All threads of the target compute, and compute right.
+fn assert_well(target: &Fixture, when: &str) {
+    let before = target.numbers("counts");
+    let sum = |counts: &[i64]| counts[..3].iter().sum::<i64>();
+    wait_until(&format!("{when}: the workers work"), || sum(&target.numbers("counts")) > sum(&before) + 1000);
+    assert_eq!(target.numbers("counts")[3], 0, "{when}: wrong results");
+    let value = target.number("call 1");
+    assert!(value == 2 || value == 3, "{when}: {value}");
+}
+
+/// A new agent takes over, takes everything out, and leaves the target as it was.
+fn clean_up(lab: &Lab, target: &Fixture, before: &Snapshot, when: &str) {
+    lab.attach(target.pid());
+    let patches = lab.status().targets[0].patches.len();
+    assert_eq!(target.number("call 1"), if patches == 0 { 2 } else { 3 }, "{when}: status tells what is in force");
+    let left = lab.detach(&["--revert"]);
+    assert_eq!((left.reverted.len(), left.remaining.len()), (patches, 0), "{when}");
+    assert_eq!(target.number("call 1"), 2, "{when}");
+    assert_well(target, when);
+    Snapshot::of(target.pid()).assert_same(before, when);
+}
+
+#[test]
+fn p1_a_patched_target_outlives_its_agent_and_is_adopted() {
+    let Some(lab) = Lab::new("p1_a_patched_target_outlives_its_agent_and_is_adopted") else { return };
+    let target = Source::of(&["workers.c"]).start(&["4"]);
+    let before = Snapshot::of(target.pid());
+    lab.attach(target.pid());
+    lab.patch(&["--function", "victim", "--name", "kept", &fix(&lab)]);
+    lab.kill_agent();
+    assert_eq!(target.number("call 1"), 3, "the patch works without an agent");
+    assert_well(&target, "after the kill");
+
+    let attached = lab.attach(target.pid());
+    assert!(attached.adopted);
+    assert_eq!(attached.target.patches.iter().map(|patch| patch.name.as_str()).collect::<Vec<_>>(), ["kept"]);
+    lab.kill_agent();
+    clean_up(&lab, &target, &before, "after two agents");
+}
+
+#[test]
+fn p1_agents_killed_at_random_times_harm_nothing() {
+    let Some(lab) = Lab::new("p1_agents_killed_at_random_times_harm_nothing") else { return };
+    let target = Source::of(&["workers.c"]).start(&["4"]);
+    let before = Snapshot::of(target.pid());
+    let fix = fix(&lab);
+    let mut random = Random::new();
+    let mut completed = 0;
+    for cycle in 0..100 {
+        lab.attach(target.pid());
+        let agent = lab.agent();
+        let patched = !lab.status().targets[0].patches.is_empty();
+        let command = if patched { vec!["revert"] } else { vec!["patch", "--function", "victim", &fix] };
+        let child = lab.start(&command);
+        std::thread::sleep(Duration::from_micros(random.below(60_000)));
+        kill(agent);
+        wait_until("the agent ends", || !runs(agent));
+        completed += i32::from(lab_answer(child).code == 0);
+        if cycle % 10 == 0 {
+            assert_well(&target, &format!("cycle {cycle}"));
+        }
+    }
+    println!("{completed} of 100 commands were faster than the kill");
+    assert_well(&target, "after 100 kills");
+    clean_up(&lab, &target, &before, "after 100 kills");
+}
+
+/// What a user does, from attach to detach; ends at the first step that fails, and says which.
+#[cfg(feature = "fault-points")]
+fn walk(lab: &Lab, target: &Fixture, fix: &str) -> Result<(), &'static str> {
+    let pid = target.pid_text();
+    let steps: [(&'static str, Vec<&str>); 8] = [
+        ("attach", vec!["attach", "--pid", &pid]),
+        ("patch", vec!["patch", "--function", "victim", fix]),
+        ("second patch", vec!["patch", "--function", "second", fix]),
+        ("revert", vec!["revert"]),
+        ("revert of the last", vec!["revert"]),
+        ("patch again", vec!["patch", "--function", "victim", fix]),
+        ("detach --revert", vec!["detach", "--revert"]),
+        ("status", vec!["status"]),
+    ];
+    for (name, step) in steps {
+        if lab.asap(&step).code != 0 {
+            return Err(name);
+        }
+    }
+    Ok(())
+}
+
+#[cfg(feature = "fault-points")]
+#[test]
+fn p1_agents_killed_at_every_fault_point_harm_nothing() {
+    use std::collections::BTreeMap;
+    let Some(lab) = Lab::new("p1_agents_killed_at_every_fault_point_harm_nothing") else { return };
+    let source = Source::of(&["workers.c"]);
+    let fix = lab.object("int victim(int x) { return x + 2; } int second(int x) { return x * 5; }");
+    let list = lab.path("points");
+    let target = source.start(&["2"]);
+    lab.set_environment("ASAP_FAULT_LIST", list.to_str().expect("ASCII"));
+    assert_eq!(walk(&lab, &target, &fix), Ok(()));
+    assert_eq!(lab.asap(&["stop"]).code, 0);
+    lab.set_environment("ASAP_FAULT_LIST", "");
+    let mut points: BTreeMap<String, u32> = BTreeMap::new();
+    for name in std::fs::read_to_string(&list).expect("points were passed").lines() {
+        *points.entry(name.to_owned()).or_default() += 1;
+    }
+    assert!(points.len() >= 15, "{points:?}");
+    println!("{points:?}");
+
+    let before = Snapshot::of(target.pid());
+    for (name, &times) in &points {
+        // The first time, the last, and one between: attach, patch, revert, detach pass some points by turns.
+        let mut passes = vec![1, times / 3, times * 2 / 3, times];
+        passes.retain(|&pass| pass > 0);
+        passes.dedup();
+        for pass in passes {
+            let fault = format!("{name}:{pass}");
+            lab.set_environment("ASAP_FAULT", &fault);
+            let died_in = walk(&lab, &target, &fix).err();
+            lab.set_environment("ASAP_FAULT", "");
+            println!("{fault}: the agent died in {died_in:?}");
+            assert!(runs(target.pid()), "{fault}");
+            assert_well(&target, &fault);
+            assert!(died_in.is_some(), "{fault}: the agent was not killed");
+            // The second function is checked through the patches' own list.
+            lab.attach(target.pid());
+            let patches = lab.status().targets[0].patches.clone();
+            let carries = |name: &str| patches.iter().flat_map(|patch| &patch.functions).any(|f| f.name == name);
+            assert_eq!(target.number("call 1"), if carries("victim") { 3 } else { 2 }, "{fault}: {patches:?}");
+            assert_eq!(target.number("second 2"), if carries("second") { 10 } else { 6 }, "{fault}: {patches:?}");
+            assert_eq!(lab.detach(&["--revert"]).remaining.len(), 0, "{fault}");
+            assert_eq!((target.number("call 1"), target.number("second 2")), (2, 6), "{fault}");
+            assert_well(&target, &fault);
+            Snapshot::of(target.pid()).assert_same(&before, &fault);
+            assert_eq!(lab.asap(&["stop"]).code, 0, "{fault}");
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! What the tests of this crate work with: a laboratory with an agent of its own, fixtures to talk to, and snapshots of what a
+//! process looks like from outside. No test here trusts what asap says of itself where it can be seen otherwise.
+
+mod fixture;
+mod lab;
+mod snapshot;
+
+pub use fixture::{Fixture, Source};
+pub use lab::{Answer, Lab, answer as lab_answer, program};
+pub use snapshot::{Snapshot, WatchedMaps, maps, memory_at, thread_count};
+
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
+
+/// How long anything may take before a test calls it stuck. Nothing is measured: machines may be slow.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Waits until something holds.
+pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !holds() {
+        assert!(started.elapsed() < PATIENCE, "still not: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// State and further fields of /proc/PID/stat.
+fn stat_fields(pid: i32) -> Vec<String> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").map(|(_, rest)| rest.split(' ').map(str::to_owned).collect()).unwrap_or_default()
+}
+
+/// Whether a process is there and has not ended (zombies have).
+pub fn runs(pid: i32) -> bool {
+    stat_fields(pid).first().is_some_and(|state| state != "Z" && state != "X")
+}
+
+/// Kills the process `pid`, which a test started directly or through its agent.
+pub fn kill(pid: i32) {
+    assert!(pid > 1, "a pid of a process that was started here");
+    let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::SIGKILL);
+}
+
+/// Random numbers that can be had again: xorshift64*, from a seed that is printed.
+pub struct Random(u64);
+
+impl Random {
+    /// Takes its seed from `ASAP_TEST_SEED`, else from the clock.
+    pub fn new() -> Self {
+        let given = std::env::var("ASAP_TEST_SEED").ok().and_then(|text| text.parse().ok());
+        let now =
+            || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(1, |t| t.as_nanos() as u64);
+        let seed: u64 = given.unwrap_or_else(now).max(1);
+        println!("seed: ASAP_TEST_SEED={seed}");
+        Self(seed)
+    }
+
+    /// A number below `limit`.
+    pub fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % limit
+    }
+}
