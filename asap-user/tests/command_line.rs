@@ -330,7 +330,17 @@ fn an_interrupted_client_says_that_the_agent_goes_on() {
     // An agent that takes requests and never answers.
     fs::create_dir(place.dir.path().join("run")).expect("made");
     let listener = std::os::unix::net::UnixListener::bind(place.socket()).expect("bound");
-    let client = place.command(&["detach"]).stderr(Stdio::piped()).spawn().expect("asap runs");
+    let mut client = place.command(&["detach"]);
+    // Shells start what runs in their background with SIGINT ignored, and the client keeps it so.
+    let hear_interrupts = || {
+        let default = nix::sys::signal::SigHandler::SigDfl;
+        // SAFETY: no handler is installed or replaced, and the call is safe between fork and exec (signal-safety(7)).
+        unsafe { nix::sys::signal::signal(nix::sys::signal::Signal::SIGINT, default) }.map(drop)?;
+        Ok(())
+    };
+    // SAFETY: the closure makes one system call and allocates nothing.
+    unsafe { std::os::unix::process::CommandExt::pre_exec(&mut client, hear_interrupts) };
+    let client = client.stderr(Stdio::piped()).spawn().expect("asap runs");
     let (mut stream, _) = listener.accept().expect("it connects");
     let mut first = [0];
     stream.read_exact(&mut first).expect("it asks");

@@ -64,7 +64,7 @@ fn p1_agents_killed_at_random_times_harm_nothing() {
         let child = lab.start(&command);
         std::thread::sleep(Duration::from_micros(random.below(60_000)));
         kill(agent);
-        wait_until("the agent ends", || !runs(agent));
+        lab.wait_for_the_end_of(agent);
         completed += i32::from(lab_answer(child).code == 0);
         if cycle % 10 == 0 {
             assert_well(&target, &format!("cycle {cycle}"));

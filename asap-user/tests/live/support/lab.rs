@@ -174,7 +174,14 @@ impl Lab {
     pub fn kill_agent(&self) {
         let agent = self.agent();
         super::kill(agent);
+        self.wait_for_the_end_of(agent);
+    }
+
+    /// Waits until an agent that was killed is gone. Its first thread may end before others do that still hold its socket.
+    pub fn wait_for_the_end_of(&self, agent: i32) {
         wait_until("the agent ends", || !runs(agent));
+        let socket = self.path("run/agent.sock");
+        wait_until("its socket closes", || std::os::unix::net::UnixStream::connect(&socket).is_err());
     }
 
     /// Makes an object file from C.
