@@ -13,6 +13,16 @@ use std::{
     },
 };
 
+/// Where fixtures are, once they are built.
+static BUILT: OnceLock<Mutex<(tempfile::TempDir, HashMap<Source, PathBuf>)>> = OnceLock::new();
+
+/// Statics are not dropped: removes the directory when the tests end.
+extern "C" fn remove_built() {
+    if let Some(built) = BUILT.get() {
+        let _ = std::fs::remove_dir_all(built.lock().unwrap_or_else(PoisonError::into_inner).0.path());
+    }
+}
+
 /// How a fixture is built.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Source {
@@ -34,9 +44,11 @@ impl Source {
 
     /// Builds it, once per test run.
     pub fn build(&self) -> PathBuf {
-        static BUILT: OnceLock<Mutex<(tempfile::TempDir, HashMap<Source, PathBuf>)>> = OnceLock::new();
-        let built =
-            BUILT.get_or_init(|| Mutex::new((tempfile::tempdir().expect("a temporary directory"), HashMap::new())));
+        let built = BUILT.get_or_init(|| {
+            // SAFETY: `remove_built` is there for the life of the program, and takes nothing.
+            unsafe { nix::libc::atexit(remove_built) };
+            Mutex::new((tempfile::tempdir().expect("a temporary directory"), HashMap::new()))
+        });
         let mut built = built.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(path) = built.1.get(self) {
             return path.clone();

@@ -32,9 +32,15 @@ fn stat_fields(pid: i32) -> Vec<String> {
     stat.rsplit_once(") ").map(|(_, rest)| rest.split(' ').map(str::to_owned).collect()).unwrap_or_default()
 }
 
-/// Whether a process is there and has not ended (zombies have).
+/// Whether a process is there and has not ended (zombies have). One whose main thread has ended before the others still holds
+/// its files, sockets among them.
 pub fn runs(pid: i32) -> bool {
-    stat_fields(pid).first().is_some_and(|state| state != "Z" && state != "X")
+    stat_fields(pid).first().is_some_and(|state| state != "Z" && state != "X") || thread_count(pid) > 1
+}
+
+/// Whether a process is stopped (SIGSTOP).
+pub fn is_stopped(pid: i32) -> bool {
+    stat_fields(pid).first().is_some_and(|state| state == "T")
 }
 
 /// Kills the process `pid`, which a test started directly or through its agent.
