@@ -2,7 +2,7 @@
 //! one left, and can take it out.
 
 use crate::support::{Fixture, Lab, Random, Snapshot, Source, kill, lab_answer, runs, wait_until};
-use std::time::Duration;
+use std::{collections::BTreeMap, path::Path, time::Duration};
 
 fn fix(lab: &Lab) -> String {
     lab.object("int victim(int x) { return x + 2; }")
@@ -75,8 +75,33 @@ fn p1_agents_killed_at_random_times_harm_nothing() {
     clean_up(&lab, &target, &before, "after 100 kills");
 }
 
+/// A laboratory for a test that needs fault points in the program.
+fn with_fault_points(name: &str) -> Option<Lab> {
+    if !cfg!(feature = "fault-points") {
+        println!("SKIPPED (needs the feature fault-points): {name}");
+        return None;
+    }
+    Lab::new(name)
+}
+
+/// The fault points that an agent has passed, and how often.
+fn passed(list: &Path) -> BTreeMap<String, u32> {
+    let mut points = BTreeMap::new();
+    for name in std::fs::read_to_string(list).expect("points were passed").lines() {
+        *points.entry(name.to_owned()).or_default() += 1;
+    }
+    points
+}
+
+/// The first time, the last, and some between: attach, patch, revert, detach pass the same points by turns.
+fn passes_of(times: u32) -> Vec<u32> {
+    let mut passes = vec![1, times / 3, times * 2 / 3, times];
+    passes.retain(|&pass| pass > 0);
+    passes.dedup();
+    passes
+}
+
 /// What a user does, from attach to detach; ends at the first step that fails, and says which.
-#[cfg(feature = "fault-points")]
 fn walk(lab: &Lab, target: &Fixture, fix: &str) -> Result<(), &'static str> {
     let pid = target.pid_text();
     let steps: [(&'static str, Vec<&str>); 8] = [
@@ -97,11 +122,9 @@ fn walk(lab: &Lab, target: &Fixture, fix: &str) -> Result<(), &'static str> {
     Ok(())
 }
 
-#[cfg(feature = "fault-points")]
 #[test]
 fn p1_agents_killed_at_every_fault_point_harm_nothing() {
-    use std::collections::BTreeMap;
-    let Some(lab) = Lab::new("p1_agents_killed_at_every_fault_point_harm_nothing") else { return };
+    let Some(lab) = with_fault_points("p1_agents_killed_at_every_fault_point_harm_nothing") else { return };
     let source = Source::of(&["workers.c"]);
     let fix = lab.object("int victim(int x) { return x + 2; } int second(int x) { return x * 5; }");
     let list = lab.path("points");
@@ -110,20 +133,13 @@ fn p1_agents_killed_at_every_fault_point_harm_nothing() {
     assert_eq!(walk(&lab, &target, &fix), Ok(()));
     assert_eq!(lab.asap(&["stop"]).code, 0);
     lab.set_environment("ASAP_FAULT_LIST", "");
-    let mut points: BTreeMap<String, u32> = BTreeMap::new();
-    for name in std::fs::read_to_string(&list).expect("points were passed").lines() {
-        *points.entry(name.to_owned()).or_default() += 1;
-    }
+    let points = passed(&list);
     assert!(points.len() >= 15, "{points:?}");
     println!("{points:?}");
 
     let before = Snapshot::of(target.pid());
     for (name, &times) in &points {
-        // The first time, the last, and one between: attach, patch, revert, detach pass some points by turns.
-        let mut passes = vec![1, times / 3, times * 2 / 3, times];
-        passes.retain(|&pass| pass > 0);
-        passes.dedup();
-        for pass in passes {
+        for pass in passes_of(times) {
             let fault = format!("{name}:{pass}");
             lab.set_environment("ASAP_FAULT", &fault);
             let died_in = walk(&lab, &target, &fix).err();
@@ -145,4 +161,42 @@ fn p1_agents_killed_at_every_fault_point_harm_nothing() {
             assert_eq!(lab.asap(&["stop"]).code, 0, "{fault}");
         }
     }
+}
+
+#[test]
+fn p1_agents_killed_while_they_adopt_harm_nothing() {
+    let Some(lab) = with_fault_points("p1_agents_killed_while_they_adopt_harm_nothing") else { return };
+    let target = Source::of(&["workers.c"]).start(&["2"]);
+    let before = Snapshot::of(target.pid());
+    let fix = fix(&lab);
+    let (pid, list) = (target.pid_text(), lab.path("points"));
+    // A patch that a dead agent left, with the dead agent's helper.
+    let leave_patched = || {
+        lab.attach(target.pid());
+        if lab.status().targets[0].patches.is_empty() {
+            lab.patch(&["--function", "victim", &fix]);
+        }
+        lab.kill_agent();
+    };
+    let adopt =
+        || [&["attach", "--pid", &pid][..], &["detach", "--revert"]].iter().all(|step| lab.asap(step).code == 0);
+    leave_patched();
+    lab.set_environment("ASAP_FAULT_LIST", list.to_str().expect("ASCII"));
+    assert!(adopt());
+    assert_eq!(lab.asap(&["stop"]).code, 0);
+    lab.set_environment("ASAP_FAULT_LIST", "");
+    let points = passed(&list);
+    assert!(points.contains_key("attach.adopted"), "{points:?}");
+    for (name, &times) in &points {
+        for pass in passes_of(times) {
+            let fault = format!("{name}:{pass}");
+            leave_patched();
+            lab.set_environment("ASAP_FAULT", &fault);
+            let survived = adopt();
+            lab.set_environment("ASAP_FAULT", "");
+            assert!(!survived, "{fault}: the agent was not killed");
+            assert_well(&target, &fault);
+        }
+    }
+    clean_up(&lab, &target, &before, "after all of them");
 }
