@@ -1,6 +1,6 @@
 //! Targets that are hard to come near to: other users, no dumps, seccomp, locked memory, other namespaces.
 
-use crate::support::{Fixture, Lab, Snapshot, Source, runs, wait_until};
+use crate::support::{Fixture, Lab, Snapshot, Source, is_stopped, runs, wait_until};
 use std::process::Command;
 
 fn confined(arguments: &[&str]) -> Fixture {
@@ -53,6 +53,47 @@ fn a_process_with_locked_memory() {
     let Some(lab) = Lab::new("a_process_with_locked_memory") else { return };
     let target = confined(&["locked"]);
     assert_can_be_patched(&lab, &target, target.pid(), "locked");
+}
+
+#[test]
+fn a_stopped_process_stays_stopped() {
+    use nix::{sys::signal, unistd::Pid};
+    let Some(lab) = Lab::new("a_stopped_process_stays_stopped") else { return };
+    let target = Source::of(&["workers.c"]).start(&["2"]);
+    let pid = Pid::from_raw(target.pid());
+    signal::kill(pid, signal::SIGSTOP).expect("it runs");
+    wait_until("it is stopped", || is_stopped(target.pid()));
+    let before = Snapshot::of(target.pid());
+    lab.attach(target.pid());
+    let fix = lab.object("int victim(int x) { return x + 2; }");
+    let patch = lab.asap(&["patch", "--function", "victim", "--timeout", "2s", &fix]);
+    assert!(is_stopped(target.pid()), "attach and patch left it stopped");
+    // Its workers may have been stopped inside; then it is told so, and nothing has changed.
+    if patch.code != 0 {
+        assert_eq!(patch.failure().kind, asap::report::FailureKind::Timeout);
+        lab.patch(&["--function", "victim", "--consistency", "lazy", &fix]);
+    }
+    assert!(is_stopped(target.pid()));
+    signal::kill(pid, signal::SIGCONT).expect("it is there");
+    assert_eq!(target.number("call 1"), 3);
+    assert_eq!(lab.detach(&["--revert"]).remaining.len(), 0);
+    assert_eq!((target.number("call 1"), target.numbers("counts")[3]), (2, 0));
+    Snapshot::of(target.pid()).assert_same(&before, "after detach");
+}
+
+#[test]
+fn a_process_without_room_near_its_code() {
+    let Some(lab) = Lab::new("a_process_without_room_near_its_code") else { return };
+    let target = confined(&["crowded"]);
+    let before = Snapshot::of(target.pid());
+    lab.attach(target.pid());
+    let attached = Snapshot::of(target.pid());
+    let fix = lab.object("int victim(int x) { return x + 2; }");
+    lab.asap(&["patch", "--function", "victim", &fix]).refusal(&["address space", "2 GiB"]);
+    Snapshot::of(target.pid()).assert_same(&attached, "refused");
+    assert_eq!(target.number("call 1"), 2);
+    assert_eq!(lab.detach(&[]).clean, Some(true));
+    Snapshot::of(target.pid()).assert_same(&before, "after detach");
 }
 
 #[test]
