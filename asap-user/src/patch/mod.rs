@@ -14,6 +14,7 @@ mod error;
 mod input;
 mod layout;
 mod link;
+pub mod manifest;
 mod merge;
 pub mod prologue;
 mod relocation;
@@ -27,6 +28,7 @@ pub use error::PatchError;
 
 use crate::address::TargetAddr;
 use input::{Binding, Input, Place, SectionKind, SymbolKind};
+use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, ops::Range};
 
 /// One or more object files, merged.
@@ -71,7 +73,8 @@ pub struct Replacement {
 }
 
 /// Functions of the patch to run in the target; symbol names. Compilers reorder them: several of one kind have no order.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Hooks {
     /// `int f(void)`, before new code is installed; other than 0: refused.
     pub pre_apply: Vec<String>,
