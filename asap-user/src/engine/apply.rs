@@ -10,7 +10,7 @@ use super::{
     modules::{ImageCache, Module},
     plan::{self, PlannedFunction},
     process::TargetProcess,
-    revert,
+    revert, settle,
     stage::{self, PatchIdentity, Staged},
     target::Target,
     transaction::{self, AtQuiescence, Terms},
@@ -97,7 +97,9 @@ pub fn patch(
                     return Err(if request.dry_run {
                         failure
                     } else {
-                        roll_back(target, images, observers, &identity, &others, failure)
+                        let failure = roll_back(target, images, observers, &identity, &others, failure);
+                        settle::done(target);
+                        failure
                     });
                 }
             }
@@ -108,6 +110,8 @@ pub fn patch(
         // Children forked from a process before it was patched.
         target.discover()?;
     }
+    crate::fault::point("patch.in-all-processes");
+    settle::done(target);
     let patch = installed.ok_or_else(|| Failure {
         state: TargetState::Gone,
         ..Failure::refused("all processes of the target ended", "attach to the process that took their place")
@@ -231,6 +235,7 @@ impl Work<'_> {
     ) -> Result<(ProcessPatchReport, InstalledPatch), Failure> {
         let (modules, functions) = self.plan(process, images)?;
         let staged = stage::stage(process, &modules, &functions, self.object, self.identity)?;
+        settle::begin(process, self.identity.id)?;
         let spans = [staged.patch.code, staged.patch.rodata, staged.patch.data];
         let installed = self.install(process, &modules, observers, staged);
         if installed.is_err() {

@@ -194,6 +194,10 @@ pub struct Ledger {
     pub lingering: Vec<Span>,
     /// The transaction under way.
     pub pending: Option<Pending>,
+    /// Patches that are being put into all processes of the target, or taken out of all of them: it is not said yet that every
+    /// one has them.
+    #[serde(default)]
+    pub unsettled: Vec<PatchId>,
 }
 
 /// Why a ledger can't be used.

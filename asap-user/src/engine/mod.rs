@@ -11,6 +11,7 @@ mod process;
 mod refuse;
 mod resolve;
 mod revert;
+mod settle;
 mod stage;
 mod target;
 mod text;
@@ -107,6 +108,7 @@ impl Operations for Engine {
         }
         progress(Progress { step: format!("attaching to {pid}"), fraction: None });
         let mut target = Target::attach(pid, request.only)?;
+        settle::after_adoption(&mut target, &mut self.images, &mut self.observers);
         if let Some(process) = target.processes.get(&pid) {
             let modules = self.images.modules(pid, &process.maps()?, &process.memory, |at| process.is_ours(at));
             self.images.clear();

@@ -10,6 +10,7 @@ use super::{
     micros_since,
     modules::ImageCache,
     process::TargetProcess,
+    settle,
     stage::hook_failed,
     target::Target,
     transaction::{self, AtQuiescence, Terms},
@@ -46,6 +47,13 @@ pub fn revert(
             break;
         }
         let count = pids.len();
+        // All of them before the first: an agent that dies between two of them leaves work that the next one can finish.
+        for process in &pids {
+            if let Some(process) = target.processes.get_mut(process) {
+                settle::begin(process, patch.id)?;
+            }
+        }
+        crate::fault::point("revert.announced");
         for (index, pid) in pids.into_iter().enumerate() {
             let Some(process) = target.processes.get_mut(&pid) else { continue };
             progress(Progress { step: format!("process {pid}"), fraction: Some(index as f64 / count as f64) });
@@ -55,8 +63,12 @@ pub fn revert(
                     tracing::info!(pid, %failure, "a process ended while a patch was taken out");
                     target.processes.remove(&pid);
                 }
-                Err(failure) if reports.is_empty() => return Err(failure),
+                Err(failure) if reports.is_empty() => {
+                    settle::done(target);
+                    return Err(failure);
+                }
                 Err(failure) => {
+                    settle::done(target);
                     let message = format!("{}; {} process(es) are rid of it already", failure.message, reports.len());
                     let state = crate::report::TargetState::PartlyDone;
                     return Err(Failure { message, state, ..failure });
@@ -66,6 +78,7 @@ pub fn revert(
         // Children forked meanwhile from a process that still had it.
         target.discover()?;
     }
+    settle::done(target);
     Ok(PatchReport { patch, processes: reports, dry_run: false, total_us: micros_since(begin), notes: Vec::new() })
 }
 

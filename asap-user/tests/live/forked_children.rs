@@ -1,6 +1,6 @@
 //! Parents and children: a patch is in all processes of a target or in none, and no child runs without it.
 
-use crate::support::{Fixture, Lab, Snapshot, Source, wait_until};
+use crate::support::{Fixture, Lab, Snapshot, Source, runs, wait_until};
 
 fn workers() -> Fixture {
     Source::of(&["workers.c"]).start(&["1"])
@@ -119,4 +119,66 @@ fn only_leaves_children_alone() {
     assert_eq!(fresh_values(&target), [11; 3]);
     Snapshot::of(children(&target)[0].0).assert_same(&child, "a child that was not meant");
     assert_eq!(lab.detach(&["--revert"]).clean, Some(true));
+}
+
+#[test]
+fn p2_an_agent_that_dies_between_two_processes_leaves_none_half_done() {
+    const NAME: &str = "p2_an_agent_that_dies_between_two_processes_leaves_none_half_done";
+    if !cfg!(feature = "fault-points") {
+        println!("SKIPPED (needs the feature fault-points): {NAME}");
+        return;
+    }
+    let Some(lab) = Lab::new(NAME) else { return };
+    let target = workers();
+    target.ask("fork 3");
+    let before = Snapshot::of(target.pid());
+    let fix = adds(&lab, 2);
+    let list = lab.path("points");
+    // How often each point is passed by a whole patch and a whole revert.
+    lab.set_environment("ASAP_FAULT_LIST", list.to_str().expect("ASCII"));
+    lab.attach(target.pid());
+    let passed = |name: &str| {
+        let text = std::fs::read_to_string(&list).expect("points were passed");
+        text.lines().filter(|line| *line == name).count()
+    };
+    let attached = passed("exchange.recorded");
+    lab.patch(&["--function", "victim", &fix]);
+    let patched = passed("exchange.recorded");
+    lab.revert(&[]);
+    let reverted = passed("exchange.recorded");
+    assert_eq!((patched - attached, reverted - patched), (4, 4), "once per process");
+    assert_eq!(lab.detach(&["--revert"]).clean, Some(true));
+    assert_eq!(lab.asap(&["stop"]).code, 0);
+    lab.set_environment("ASAP_FAULT_LIST", "");
+
+    let faults = (1..=8).map(|pass| format!("exchange.recorded:{pass}"));
+    let others = ["patch.in-all-processes:1", "revert.announced:1"].map(str::to_owned);
+    for fault in faults.chain(others) {
+        lab.set_environment("ASAP_FAULT", &fault);
+        let pid = target.pid_text();
+        let steps = [&["attach", "--pid", &pid][..], &["patch", "--function", "victim", &fix], &["revert"]];
+        let died_in = steps.iter().position(|step| lab.asap(step).code != 0);
+        lab.set_environment("ASAP_FAULT", "");
+        assert!(died_in.is_some(), "{fault}: the agent was not killed");
+        assert!(runs(target.pid()), "{fault}");
+
+        let adopted = lab.attach(target.pid());
+        let expected = if adopted.target.patches.is_empty() { 11 } else { 12 };
+        assert_eq!(fresh_values(&target), [expected; 3], "{fault}: all processes or none: {adopted:?}");
+        assert_eq!(target.number("call 10"), expected, "{fault}");
+        let counts: Vec<usize> = lab.status().targets[0].processes.iter().map(|p| p.patches.len()).collect();
+        assert_eq!(counts, [adopted.target.patches.len(); 4], "{fault}");
+        if fault.ends_with(":2") {
+            assert!(adopted.target.notes.iter().any(|note| note.contains("taken out of all")), "{adopted:?}");
+        }
+        // It can be patched as if nothing had happened.
+        if expected == 11 {
+            lab.patch(&["--function", "victim", &fix]);
+        }
+        assert_eq!(fresh_values(&target), [12; 3], "{fault}");
+        lab.detach(&["--revert"]);
+        assert_eq!(fresh_values(&target), [11; 3], "{fault}");
+        assert_eq!(lab.asap(&["stop"]).code, 0, "{fault}");
+    }
+    Snapshot::of(target.pid()).assert_same(&before, "after all of them");
 }
