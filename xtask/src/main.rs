@@ -12,6 +12,7 @@ mod owned;
 mod setup;
 mod snapshot;
 mod test;
+mod vm_test;
 mod workers;
 
 use clap::{Parser, Subcommand};
@@ -34,6 +35,8 @@ enum Task {
         /// Only tests whose name contains this.
         filter: Option<String>,
     },
+    /// Run tests on other kernels, in virtual machines.
+    VmTest(vm_test::Options),
     /// Repair a live Apache under load, and show what happened.
     Demo(demo::Options),
     /// Build the eBPF object that the library embeds (nightly tool chain).
@@ -60,6 +63,7 @@ fn main() -> ExitCode {
     let result = owned::clean_up_on_signals().and_then(|()| match task {
         Task::Setup => setup::run(),
         Task::Test { filter } => test::run(filter.as_deref()),
+        Task::VmTest(options) => vm_test::run(&options),
         Task::Demo(options) => demo::run(options),
         Task::Ebpf { check } => ebpf::run(check),
         Task::Bench { what, json, rounds } => bench::run(what, json, rounds),
