@@ -31,6 +31,8 @@ pub struct Layout {
     pub signal: u32,
     /// `signal_struct.live`
     pub live: u32,
+    /// `task_struct.self_exec_id`
+    pub exec_id: u32,
     /// `pid.level`
     pub pid_level: u32,
     /// `pid.numbers`
@@ -61,6 +63,8 @@ pub struct TaskRecord {
     pub epoch: u64,
     /// When it was started, nanoseconds on the monotonic clock.
     pub start_time: u64,
+    /// Grows with every program that its process executes.
+    pub exec_id: u64,
     /// `struct pt_regs` as it left user mode: r15 r14 r13 r12 bp bx r11 r10 r9 r8 ax cx dx si di orig_ax ip cs flags sp ss.
     pub regs: [u64; 21],
     /// Bytes of stack that follow, from `sp` upwards.
@@ -133,4 +137,25 @@ pub struct LifeRecord {
     pub other: i32,
     /// Keeps the record free of padding.
     pub reserved: u32,
+}
+
+/// Most functions of one process that can be redirected at a time.
+pub const REDIRECTS: usize = 512;
+/// Bit of [`Redirects::word`]: which of the two tables is in force.
+pub const SECOND_TABLE: u64 = 1 << 63;
+
+/// Where the calls of redirected functions of one process go. Shared with the agent by mmap(2).
+///
+/// One word says which table is in force, and how many calls have come by so far: it can be replaced on the condition that
+/// none has come meanwhile.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Redirects {
+    /// Calls that have come by, and [`SECOND_TABLE`].
+    pub word: u64,
+    /// `task_struct.self_exec_id` of the program that the addresses belong to: the kernel puts probes into a program that the
+    /// process executes later, too.
+    pub exec_id: u64,
+    /// Address of the new function by slot, in two tables one behind the other; 0: calls go to the old one.
+    pub tables: [u64; 2 * REDIRECTS],
 }

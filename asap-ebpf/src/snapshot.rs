@@ -55,6 +55,7 @@ pub extern "C" fn snapshot(context: *const IteratorContext) -> i32 {
     record.level = fields.level(layout);
     record.exit_state = fields.field(layout.exit_state);
     record.start_time = fields.field(layout.start_time);
+    record.exec_id = fields.field(layout.exec_id);
     // The epoch first, everything that it vouches for after it: a switch in between makes it look older, never newer.
     let voluntary: u64 = fields.field(layout.voluntary_switches);
     let involuntary: u64 = fields.field(layout.involuntary_switches);

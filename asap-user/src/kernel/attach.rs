@@ -45,7 +45,8 @@ pub struct Places<'a> {
 pub struct Attached {
     /// How it was done.
     pub method: Method,
-    _links: Vec<OwnedFd>,
+    /// What holds it in place.
+    pub links: Vec<OwnedFd>,
 }
 
 /// Loads `program` with these maps and attaches it, in the best way the kernel has.
@@ -101,7 +102,7 @@ pub fn attach_by(
             links
         }
     };
-    Ok(Attached { method, _links: links })
+    Ok(Attached { method, links })
 }
 
 fn uprobe_source() -> io::Result<u32> {

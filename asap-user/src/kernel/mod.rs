@@ -20,7 +20,7 @@ mod tests;
 pub use features::{Feature, features};
 pub use lifecycle::{LifeCycle, LifeCycles};
 pub use probes::{ProbeEvent, ProbePlan, ProbeSet};
-pub use redirect::Redirect;
+pub use redirect::{Moment, RedirectLink, RedirectTable};
 pub use snapshot::{TaskSnapshot, UserRegs};
 
 use aya::maps::MapData;
@@ -84,6 +84,14 @@ pub enum KernelError {
         file: PathBuf,
         /// Why.
         reason: String,
+    },
+    /// A name in the BPF file system can't be given or opened.
+    #[error("{} in the BPF file system can't be used: {source}", path.display())]
+    Pin {
+        /// The name.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
     },
     /// An iterator over threads failed.
     #[error("can't list the threads of process {pid}: {source}")]

@@ -55,6 +55,8 @@ pub struct TaskSnapshot {
     pub epoch: u64,
     /// When it was started: another thread that got the same id differs in it.
     pub start_time: u64,
+    /// Grows with every program that the process executes.
+    pub exec_id: u64,
     /// Scheduler state; 0: would run if a CPU were free.
     pub state: u32,
     /// Its stack from `regs.sp` upwards; shorter than asked for where the mapping ends, empty while `on_cpu`.
@@ -163,6 +165,7 @@ fn parse(mut bytes: &[u8], pid: i32) -> Option<Vec<TaskSnapshot>> {
             on_cpu: record.on_cpu != 0,
             epoch: record.epoch,
             start_time: record.start_time,
+            exec_id: record.exec_id,
             state: record.state,
             stack: stack.to_vec(),
         });

@@ -1,13 +1,19 @@
 //! bpf(2) as far as aya has no words for it: loading a program with any attach type, links of several kinds, iterators.
 
 use std::{
-    ffi::CStr,
+    ffi::{CStr, CString},
     io,
-    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    os::{
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
 };
 
 const BPF_MAP_UPDATE: libc::c_int = 2;
 const BPF_PROG_LOAD: libc::c_int = 5;
+const BPF_OBJ_PIN: libc::c_int = 6;
+const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_RAW_TRACEPOINT_OPEN: libc::c_int = 17;
 const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_ITER_CREATE: libc::c_int = 33;
@@ -65,6 +71,30 @@ pub fn update_map<K: Copy, V: Copy>(map: BorrowedFd<'_>, key: &K, value: &V) -> 
         },
     )
     .map(drop)
+}
+
+#[repr(C)]
+struct PinAttributes {
+    path: u64,
+    object: u32,
+    flags: u32,
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
+}
+
+/// Gives a map, program or link a name in a BPF file system, which holds it.
+pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = c_path(path)?;
+    let attributes = PinAttributes { path: path.as_ptr() as u64, object: object.as_raw_fd() as u32, flags: 0 };
+    bpf(BPF_OBJ_PIN, &attributes).map(drop)
+}
+
+/// Opens what was pinned.
+pub fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
+    bpf_fd(BPF_OBJ_GET, &PinAttributes { path: path.as_ptr() as u64, object: 0, flags: 0 })
 }
 
 /// What a program is loaded as.

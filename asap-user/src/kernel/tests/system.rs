@@ -1,7 +1,7 @@
 //! What is tried on this machine, and what stays behind.
 
 use super::{alone, fixture::Fixture, is_root, loaded, shared};
-use crate::kernel::{Ebpf, ProbePlan, Redirect, features};
+use crate::kernel::{Ebpf, ProbePlan, RedirectLink, RedirectTable, features};
 use std::{collections::HashSet, os::unix::fs::FileExt};
 
 #[test]
@@ -59,25 +59,77 @@ fn nothing_of_ebpf_stays_behind() {
     assert_eq!(held(), 0);
 }
 
+/// What is pinned holds without the agent, and can be taken up again.
+fn outlives_the_agent(
+    ebpf: &Ebpf,
+    fixture: &mut Fixture,
+    table: RedirectTable,
+    other: RedirectLink,
+    from: u64,
+    to: u64,
+) {
+    let pins = std::path::Path::new("/sys/fs/bpf").join(format!("asap-test-{}", std::process::id()));
+    drop(other);
+    if let Err(error) = std::fs::create_dir(&pins) {
+        println!("SKIPPED (no BPF file system, {error}): pins");
+        return;
+    }
+    let at = |name: &str| pins.join(name);
+    let link = ebpf.redirect(&table, fixture.pid(), &fixture.file(), &[(from, 3)]).expect("linked");
+    let pinned = link.pin(&at("link")).and_then(|()| table.pin(&at("table")));
+    table.turn();
+    drop((link, table));
+    let calls = fixture.order("call 1");
+    let found = RedirectTable::open(&at("table")).map(|table| table.in_force());
+    let link = RedirectLink::open(&at("link"));
+    std::fs::remove_dir_all(&pins)
+        .or_else(|_| {
+            for name in ["link", "table"] {
+                let _ = std::fs::remove_file(at(name));
+            }
+            std::fs::remove_dir(&pins)
+        })
+        .expect("pins are removed");
+    pinned.expect("pinned");
+    assert_eq!(calls, "2");
+    assert_eq!(found.expect("opened"), [(3, to)]);
+    drop(link.expect("opened"));
+}
+
 #[test]
 fn redirect_works_or_says_why_not() {
     let Some(ebpf) = loaded("redirect_works_or_says_why_not") else { return };
     let mut fixture = Fixture::start();
     let (from, to) = (fixture.function("counted").0, fixture.function("doubled").0 + fixture.base());
-    let installed = Redirect::install(fixture.pid(), &fixture.file(), &[(from, to)]);
+    let exec_id = ebpf.snapshot(fixture.pid(), 0).expect("it runs")[0].exec_id;
+    let table = RedirectTable::create(exec_id).expect("a map");
+    let link = ebpf.redirect(&table, fixture.pid(), &fixture.file(), &[(from, 3)]);
     match ebpf.redirect_available() {
         Err(error) => {
             println!("not available here: {error}");
             assert!(error.to_string().contains("redirect"), "{error}");
-            assert!(installed.is_err());
+            assert!(link.is_err());
         }
         Ok(()) => {
-            let redirect = installed.expect("installed");
-            assert_eq!(fixture.order("call 1"), "1", "off at first");
-            redirect.turn(true).expect("on");
+            let link = link.expect("linked");
+            assert_eq!(fixture.order("call 1"), "1", "nothing is said for its slot yet");
+            let before = table.moment();
+            table.prepare(&[(3, to)]);
+            assert_eq!(fixture.order("call 1"), "1", "the other table is in force");
+            assert!(!table.turn_if_quiet(before), "a call has come by");
+            assert!(table.turn_if_quiet(table.moment()), "none since");
+            assert_eq!(table.in_force(), [(3, to)]);
             assert_eq!(fixture.order("call 1"), "2");
-            redirect.turn(false).expect("off");
+            table.turn();
             assert_eq!(fixture.order("call 1"), "1");
+            // As if the process had executed another program since.
+            let other = RedirectTable::create(exec_id + 1).expect("a map");
+            other.prepare(&[(3, to)]);
+            other.turn();
+            let pinned = ebpf.redirect(&other, fixture.pid(), &fixture.file(), &[(from, 3)]).expect("linked");
+            assert_eq!(fixture.order("call 1"), "1");
+            drop((link, other));
+            outlives_the_agent(&ebpf, &mut fixture, table, pinned, from, to);
         }
     }
     assert_eq!(fixture.order("call 1"), "1");
