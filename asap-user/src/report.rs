@@ -235,6 +235,9 @@ pub struct PatchReport {
     pub processes: Vec<ProcessPatchReport>,
     /// Nothing was changed.
     pub dry_run: bool,
+    /// It was in already, in all processes: nothing was to be done.
+    #[serde(default)]
+    pub already: bool,
     /// From request to active everywhere, microseconds.
     pub total_us: u64,
     /// What the user should know.

@@ -61,6 +61,7 @@ impl Operations for Straw {
             },
             processes: Vec::new(),
             dry_run: request.dry_run,
+            already: false,
             total_us: 0,
             notes: Vec::new(),
         })

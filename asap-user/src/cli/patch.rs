@@ -87,7 +87,9 @@ impl PatchOptions {
 fn patched(report: &PatchReport) -> String {
     let name = super::text::printable(&report.patch.name);
     let took = super::text::microseconds(report.total_us);
-    let first = if report.dry_run {
+    let first = if report.already {
+        format!("{name} is in already, as patch {}: nothing was to be done\n", report.patch.id.0)
+    } else if report.dry_run {
         format!("{name} would go in; nothing was changed ({took})\n")
     } else {
         format!("{name} is in as patch {}, {took} after the request\n", report.patch.id.0)

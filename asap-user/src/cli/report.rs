@@ -119,6 +119,7 @@ pub mod tests {
                 longest_gate_us: 120,
             }],
             dry_run: false,
+            already: false,
             total_us: 12_345,
             notes: vec!["a note".to_owned()],
         }

@@ -8,52 +8,51 @@ use super::{
     ledger::AppliedPatch,
     micros_since,
     modules::{ImageCache, Module},
+    patch_file,
     plan::{self, PlannedFunction},
-    process::TargetProcess,
+    process::{self, TargetProcess},
     revert, settle,
     stage::{self, PatchIdentity, Staged},
     target::Target,
     transaction::{self, AtQuiescence, Terms},
+    undo::Undo,
 };
 use crate::{
-    patch::PatchObject,
+    patch::{PatchObject, manifest::Manifest},
     quiesce::observe::Region,
     report::{
-        Consistency, Failure, FunctionReport, InstalledPatch, Mechanism, PatchReport, PatchRequest, ProcessPatchReport,
-        Progress, TargetState,
+        Failure, FunctionReport, InstalledPatch, PatchId, PatchReport, PatchRequest, ProcessPatchReport, Progress,
+        TargetState,
     },
 };
 use sha2::{Digest, Sha256};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Instant, SystemTime};
 
-/// Time for taking a patch out again where a later process refused it.
-const ROLL_BACK_LIMIT: Duration = Duration::from_secs(10);
-
-/// Applies a patch to all processes of `target`.
+/// Applies a patch to all processes of `target`. What it did is in `undo`, also when it fails.
 ///
 /// # Errors
-/// It does not fit, or some process never comes to rest: it is then in none of them.
+/// It does not fit, or some process never comes to rest: `undo` knows in which it is.
 pub fn patch(
     target: &mut Target,
     images: &mut ImageCache,
     observers: &mut Observers,
-    request: &PatchRequest,
+    wanted: &Wanted<'_>,
+    undo: &mut Undo,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<PatchReport, Failure> {
     let begin = Instant::now();
-    if request.mechanism == Mechanism::Redirect {
-        observers.redirect_available()?;
-    }
-    let files: Vec<(String, Vec<u8>)> = request.files.iter().map(|f| (f.name.clone(), f.bytes.clone())).collect();
-    let object = PatchObject::read(&files).map_err(|error| {
-        Failure::refused(error.to_string(), "compile the patch again for x86-64, with -c, as a relocatable object file")
-    })?;
-    let pairs = plan::pairs(request, &object)?;
+    let Wanted { request, manifest, object, pairs, .. } = *wanted;
     target.discover()?;
-    let identity = identity(target, request);
+    let identity = identity(target, wanted);
+    if manifest.is_some() && target.processes.values().all(|process| process.patches().contains(&identity.id)) {
+        let patch = target.patches().into_iter().find(|patch| patch.id == identity.id);
+        let patch = patch.ok_or_else(|| process::gone(target.root, "all its processes ended"))?;
+        let (dry_run, total_us) = (request.dry_run, micros_since(begin));
+        return Ok(PatchReport { patch, processes: Vec::new(), dry_run, already: true, total_us, notes: Vec::new() });
+    }
     let (deadline, limit) = deadline(request.timeout_ms);
     let terms = Terms { deadline, limit, consistency: request.consistency };
-    let work = Work { object: &object, pairs: &pairs, request, identity: &identity, terms };
+    let work = Work { object, pairs, manifest, request, identity: &identity, terms };
 
     let mut reports: Vec<ProcessPatchReport> = Vec::new();
     let mut installed: Option<InstalledPatch> = None;
@@ -83,6 +82,9 @@ pub fn patch(
             };
             match applied {
                 Ok((report, patch)) => {
+                    if !request.dry_run {
+                        undo.note(pid);
+                    }
                     reports.push(report);
                     installed.get_or_insert(patch);
                 }
@@ -92,16 +94,7 @@ pub fn patch(
                     target.processes.remove(&pid);
                 }
                 Err(failure) if !process.is_alive() => return Err(Failure { state: TargetState::Gone, ..failure }),
-                Err(failure) => {
-                    let others: Vec<i32> = reports.iter().map(|report| report.pid).collect();
-                    return Err(if request.dry_run {
-                        failure
-                    } else {
-                        let failure = roll_back(target, images, observers, &identity, &others, failure);
-                        settle::done(target);
-                        failure
-                    });
-                }
+                Err(failure) => return Err(failure),
             }
         }
         if request.dry_run {
@@ -111,7 +104,6 @@ pub fn patch(
         target.discover()?;
     }
     crate::fault::point("patch.in-all-processes");
-    settle::done(target);
     let patch = installed.ok_or_else(|| Failure {
         state: TargetState::Gone,
         ..Failure::refused("all processes of the target ended", "attach to the process that took their place")
@@ -120,71 +112,56 @@ pub fn patch(
         patch,
         processes: reports,
         dry_run: request.dry_run,
+        already: false,
         total_us: micros_since(begin),
         notes: Vec::new(),
     })
 }
 
-/// Takes the patch out of the processes that have it already, and explains.
-fn roll_back(
-    target: &mut Target,
-    images: &mut ImageCache,
-    observers: &mut Observers,
-    identity: &PatchIdentity,
-    others: &[i32],
-    failure: Failure,
-) -> Failure {
-    if others.is_empty() {
-        return failure;
-    }
-    let terms = Terms {
-        deadline: Instant::now() + ROLL_BACK_LIMIT,
-        limit: ROLL_BACK_LIMIT,
-        consistency: Consistency::Quiescent,
-    };
-    let mut kept = Vec::new();
-    for pid in others {
-        let Some(process) = target.processes.get_mut(pid) else { continue };
-        if let Err(error) = revert::from_process(process, images, observers, identity.id, terms)
-            && process.is_alive()
-        {
-            tracing::error!(pid, %error, "rolling back");
-            kept.push(pid.to_string());
-        }
-    }
-    let state = if kept.is_empty() { TargetState::RolledBack } else { TargetState::PartlyDone };
-    let message = if kept.is_empty() {
-        format!("{}; it was taken out again of {} other process(es)", failure.message, others.len())
-    } else {
-        format!("{}; it could not be taken out again of process(es) {}", failure.message, kept.join(", "))
-    };
-    Failure { message, state, ..failure }
-}
-
-fn identity(target: &Target, request: &PatchRequest) -> PatchIdentity {
+fn identity(target: &Target, wanted: &Wanted<'_>) -> PatchIdentity {
+    let request = wanted.request;
     let mut hash = Sha256::new();
     for file in &request.files {
         hash.update((file.bytes.len() as u64).to_le_bytes());
         hash.update(&file.bytes);
     }
-    let id = target.next_patch();
     let derived = || {
         let first = request.files.first().map_or("patch", |file| file.name.as_str());
         let base = first.rsplit('/').next().unwrap_or(first);
         base.rsplit_once('.').map_or(base, |(stem, _)| stem).to_owned()
     };
+    let told = || wanted.manifest.map(|manifest| manifest.name.clone());
+    let sha256: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    // The same patch file once more is for those processes only that lack it.
+    let known = target.patches().into_iter().find(|patch| wanted.manifest.is_some() && patch.sha256 == sha256);
     PatchIdentity {
-        id,
-        name: request.name.clone().unwrap_or_else(derived),
-        sha256: hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect(),
+        id: known.map_or(wanted.id, |patch| patch.id),
+        name: request.name.clone().or_else(told).unwrap_or_else(derived),
+        sha256,
         installed_at: SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs()),
     }
+}
+
+/// A patch as it was asked for.
+#[derive(Clone, Copy)]
+pub struct Wanted<'a> {
+    /// The request.
+    pub request: &'a PatchRequest,
+    /// What the patch file says of itself.
+    pub manifest: Option<&'a Manifest>,
+    /// The objects.
+    pub object: &'a PatchObject,
+    /// What is replaced by what.
+    pub pairs: &'a [(String, String)],
+    /// A number that no patch has had.
+    pub id: PatchId,
 }
 
 /// One patch, to be applied to any number of processes.
 struct Work<'a> {
     object: &'a PatchObject,
     pairs: &'a [(String, String)],
+    manifest: Option<&'a Manifest>,
     request: &'a PatchRequest,
     identity: &'a PatchIdentity,
     terms: Terms,
@@ -197,7 +174,22 @@ impl Work<'_> {
         images: &mut ImageCache,
     ) -> Result<(Vec<Module>, Vec<PlannedFunction>), Failure> {
         let mut modules = images.modules(process.pid, &process.maps()?, &process.memory, |at| process.is_ours(at));
-        let functions = plan::functions(process, &mut modules, images, self.pairs, self.request.address)?;
+        let home = match self.manifest {
+            Some(manifest) => {
+                patch_file::check_company(process, manifest)?;
+                let found = patch_file::home(&modules, manifest);
+                Some(found.ok_or_else(|| patch_file::other_build(process.pid, &modules, manifest))?)
+            }
+            None => None,
+        };
+        if let Some((home, build)) = home {
+            modules[home].tell(&patch_file::symbols(build));
+        }
+        let only = home.map(|(home, _)| home);
+        let functions = plan::functions(process, &mut modules, images, self.pairs, self.request.address, only)?;
+        if let Some((home, build)) = home {
+            patch_file::check_fingerprints(&modules[home], build, &functions)?;
+        }
         let home = &modules[functions[0].module];
         // A variable of the same name in the patch is another variable: the two would part ways unnoticed.
         // The compiler's pointers to personality routines are the same in all objects, and never change.
@@ -227,6 +219,33 @@ impl Work<'_> {
         Ok((modules, functions))
     }
 
+    /// The patches that go out when this one goes in.
+    fn replaced(&self, process: &TargetProcess) -> Result<Vec<AppliedPatch>, Failure> {
+        let names = self.manifest.map_or(&[][..], |manifest| &manifest.replaces);
+        let (replaced, kept): (Vec<_>, Vec<_>) =
+            process.book.ledger.patches.iter().cloned().partition(|patch| names.contains(&patch.name));
+        for patch in &replaced {
+            if let Some(other) = revert::dependent(&kept, patch) {
+                return Err(Failure::refused(
+                    format!(
+                        "patch {} ({}) calls code of patch {} ({}), which would go out",
+                        other.id.0, other.name, patch.id.0, patch.name
+                    ),
+                    format!("revert patch {} first", other.id.0),
+                ));
+            }
+        }
+        // What an original of this patch would lead to may go out together with the old patch.
+        if !self.object.originals().is_empty() && !replaced.is_empty() {
+            let names: Vec<_> = replaced.iter().map(|patch| patch.name.clone()).collect();
+            return Err(Failure::refused(
+                format!("the patch calls original functions, and {} has replaced functions, too", names.join(", ")),
+                format!("take {} out first (asap revert), then apply this one", names.join(", ")),
+            ));
+        }
+        Ok(replaced)
+    }
+
     fn apply(
         &self,
         process: &mut TargetProcess,
@@ -234,15 +253,19 @@ impl Work<'_> {
         observers: &mut Observers,
     ) -> Result<(ProcessPatchReport, InstalledPatch), Failure> {
         let (modules, functions) = self.plan(process, images)?;
+        let replaced = self.replaced(process)?;
         let staged = stage::stage(process, &modules, &functions, self.object, self.identity)?;
-        settle::begin(process, self.identity.id)?;
+        settle::begin(process, self.identity.id, &replaced)?;
         let spans = [staged.patch.code, staged.patch.rodata, staged.patch.data];
-        let installed = self.install(process, &modules, observers, staged);
+        let installed = self.install(process, &modules, observers, staged, &replaced);
         if installed.is_err() {
             for span in spans {
                 process.release(span);
             }
-            let _ = record(process, |ledger| ledger.staging.clear());
+            let _ = record(process, |ledger| {
+                ledger.staging.clear();
+                ledger.replaced.clear();
+            });
         }
         installed
     }
@@ -253,9 +276,10 @@ impl Work<'_> {
         modules: &[Module],
         observers: &mut Observers,
         staged: Staged,
+        replaced: &[AppliedPatch],
     ) -> Result<(ProcessPatchReport, InstalledPatch), Failure> {
         let Staged { mut patch, hooks } = staged;
-        let regions = regions_of(process, &patch);
+        let regions = regions_of(process, &patch, replaced);
         if let (Some(table), Some(object)) = (patch.eh_frame, patch.registered.take())
             && hooks::register_unwind_table(process, modules, table, object)
                 .map_err(|error| stage::hook_failed(process.pid, error))?
@@ -265,9 +289,11 @@ impl Work<'_> {
         let undo = patch.clone();
         let report = patch.report();
         let mut goal = process.book.ledger.patches.clone();
+        goal.retain(|other| !replaced.contains(other));
         goal.push(patch);
         let done = (|| {
-            let exchange = Exchange::prepare(process, goal, OldMemory::Free)?;
+            // Other processes may still refuse: what goes out must be able to come back, and is cleared away when all have it.
+            let exchange = Exchange::prepare(process, goal, OldMemory::Keep)?;
             let mut checker = Checker::new(process, modules, observers, regions);
             let mut at_quiescence = AtQuiescence { hooks: &hooks.pre_apply, last: &mut |_| Ok(()) };
             let done = transaction::run(process, exchange, &mut checker, self.terms, &mut at_quiescence)?;
@@ -295,9 +321,10 @@ impl Work<'_> {
         observers: &mut Observers,
     ) -> Result<(ProcessPatchReport, InstalledPatch), Failure> {
         let (modules, functions) = self.plan(process, images)?;
+        let replaced = self.replaced(process)?;
         let staged = stage::stage(process, &modules, &functions, self.object, self.identity)?;
         stage::unstage(process, &staged.patch);
-        let regions = regions_of(process, &staged.patch);
+        let regions = regions_of(process, &staged.patch, &replaced);
         let mut checker = Checker::new(process, &modules, observers, regions);
         let verdict = checker.look(process)?;
         let quiescence = if verdict.busy.is_empty() {
@@ -318,8 +345,8 @@ impl Work<'_> {
 }
 
 /// The code that nobody may be inside: the functions' own, and what replaces them now.
-fn regions_of(process: &TargetProcess, patch: &AppliedPatch) -> Vec<Region> {
-    let mut regions = Vec::new();
+fn regions_of(process: &TargetProcess, patch: &AppliedPatch, replaced: &[AppliedPatch]) -> Vec<Region> {
+    let mut regions: Vec<Region> = replaced.iter().map(revert::whole_code).collect();
     for function in &patch.functions {
         regions.push(Region {
             ranges: function.body.iter().map(|span| span.range()).collect(),

@@ -198,6 +198,9 @@ pub struct Ledger {
     /// one has them.
     #[serde(default)]
     pub unsettled: Vec<PatchId>,
+    /// Patches that go out for an unsettled one. Their memory is kept, so that they can come back.
+    #[serde(default)]
+    pub replaced: Vec<AppliedPatch>,
 }
 
 /// Why a ledger can't be used.

@@ -3,7 +3,7 @@
 
 use crate::{
     address::{LoadBias, TargetAddr},
-    image::{Image, ImageBytes},
+    image::{Image, ImageBytes, Symbol},
     process::{
         maps::{Mapping, Maps},
         memory::Memory,
@@ -38,6 +38,13 @@ impl Module {
     #[must_use]
     pub fn file_name(&self) -> &str {
         self.path.rsplit('/').next().unwrap_or(&self.path)
+    }
+
+    /// Adds symbols that somebody knows who has seen this build unstripped.
+    pub fn tell(&mut self, symbols: &[Symbol]) {
+        if let Some(image) = self.image.with_told(symbols).filter(|_| !symbols.is_empty()) {
+            self.image = Arc::new(image);
+        }
     }
 }
 

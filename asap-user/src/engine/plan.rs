@@ -100,7 +100,8 @@ fn list(names: &[String]) -> String {
     }
 }
 
-/// Finds the functions of `pairs` in the modules of a process and checks that each can be replaced.
+/// Finds the functions of `pairs` in the modules of a process (in `home` alone, where given) and checks that each can be
+/// replaced.
 ///
 /// # Errors
 /// One is unknown, ambiguous, too short, an IFUNC, in the vdso, or its text was changed by someone else.
@@ -110,6 +111,7 @@ pub fn functions(
     images: &mut ImageCache,
     pairs: &[(String, String)],
     address: Option<u64>,
+    home: Option<usize>,
 ) -> Result<Vec<PlannedFunction>, Failure> {
     let mut planned: Vec<PlannedFunction> = Vec::new();
     for (wanted, new_symbol) in pairs {
@@ -117,13 +119,13 @@ pub fn functions(
         if let (Some(address), 1) = (address, pairs.len()) {
             query.address = Some(crate::address::ImageOffset(address));
         }
-        let found = locate(modules, wanted, query.clone()).or_else(|failure| {
+        let found = locate(modules, home, wanted, query.clone()).or_else(|failure| {
             // Debug files are large: looked at only when the files themselves don't tell.
             let mut news = false;
             for module in modules.iter_mut() {
                 news |= images.add_debug_symbols(process.pid, module);
             }
-            if news { locate(modules, wanted, query) } else { Err(failure) }
+            if news { locate(modules, home, wanted, query) } else { Err(failure) }
         });
         let (module, function) = found?;
         let entry = function.address.in_target(modules[module].bias);
@@ -142,12 +144,18 @@ pub fn functions(
     Ok(planned)
 }
 
-fn locate(modules: &[Module], wanted: &str, query: FunctionQuery) -> Result<(usize, Function), Failure> {
+fn locate(
+    modules: &[Module],
+    home: Option<usize>,
+    wanted: &str,
+    query: FunctionQuery,
+) -> Result<(usize, Function), Failure> {
     // `libfoo.so.1:f` names the module rather than a source file.
     let named = query.file.as_deref().and_then(|file| modules.iter().position(|module| module.file_name() == file));
-    let (query, searched): (_, Vec<usize>) = match named {
-        Some(module) => (FunctionQuery { file: None, ..query }, vec![module]),
-        None => (query, (0..modules.len()).collect()),
+    let (query, searched): (_, Vec<usize>) = match (home, named) {
+        (Some(home), _) => (query, vec![home]),
+        (None, Some(module)) => (FunctionQuery { file: None, ..query }, vec![module]),
+        (None, None) => (query, (0..modules.len()).collect()),
     };
     let mut similar = Vec::new();
     for index in searched {

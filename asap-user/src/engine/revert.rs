@@ -50,7 +50,7 @@ pub fn revert(
         // All of them before the first: an agent that dies between two of them leaves work that the next one can finish.
         for process in &pids {
             if let Some(process) = target.processes.get_mut(process) {
-                settle::begin(process, patch.id)?;
+                settle::begin(process, patch.id, &[])?;
             }
         }
         crate::fault::point("revert.announced");
@@ -79,7 +79,14 @@ pub fn revert(
         target.discover()?;
     }
     settle::done(target);
-    Ok(PatchReport { patch, processes: reports, dry_run: false, total_us: micros_since(begin), notes: Vec::new() })
+    Ok(PatchReport {
+        patch,
+        processes: reports,
+        dry_run: false,
+        already: false,
+        total_us: micros_since(begin),
+        notes: Vec::new(),
+    })
 }
 
 fn choose(target: &Target, wanted: Option<&str>) -> Result<InstalledPatch, Failure> {
@@ -97,14 +104,21 @@ fn choose(target: &Target, wanted: Option<&str>) -> Result<InstalledPatch, Failu
 }
 
 /// A newer patch whose code leads into `patch`.
-fn dependent<'a>(patches: &'a [AppliedPatch], patch: &AppliedPatch) -> Option<&'a AppliedPatch> {
+pub fn dependent<'a>(patches: &'a [AppliedPatch], patch: &AppliedPatch) -> Option<&'a AppliedPatch> {
     let newer = patches.iter().filter(|other| other.id > patch.id);
     newer.into_iter().find(|other| {
         other.functions.iter().filter_map(|function| function.original).any(|original| patch.code.contains(original))
     })
 }
 
-/// Takes the patch `id` out of one process.
+/// All code of a patch. The byte before it belongs to nobody: with it, the code's first byte is no entry at which to wait
+/// outside.
+pub fn whole_code(patch: &AppliedPatch) -> Region {
+    let ranges = vec![patch.code.start.offset(-1)..patch.code.end];
+    Region { ranges, label: format!("patch {}", patch.name) }
+}
+
+/// Takes the patch `id` out of one process, and puts back those that went out for it, while it is unsettled.
 ///
 /// # Errors
 /// Another patch depends on it, a hook refuses, or some thread stays inside.
@@ -130,7 +144,9 @@ pub fn from_process(
         ));
     }
     let modules = images.modules(process.pid, &process.maps()?, &process.memory, |at| process.is_ours(at));
-    let goal: Vec<AppliedPatch> = patches.into_iter().filter(|other| other.id != id).collect();
+    let mut goal: Vec<AppliedPatch> = patches.into_iter().filter(|other| other.id != id).collect();
+    goal.extend(settle::take_back(process)?);
+    goal.sort_by_key(|patch| patch.id);
     let lazy = terms.consistency == Consistency::Lazy;
     let registered = patch.eh_frame.filter(|_| patch.registered.is_some());
     let memory = match (lazy, registered) {
@@ -139,10 +155,7 @@ pub fn from_process(
         (true, Some(_)) => OldMemory::Keep,
     };
     let exchange = Exchange::prepare(process, goal, memory)?;
-    // The byte before the code belongs to nobody: with it, the code's first byte is no entry at which to wait outside.
-    let whole = patch.code.start.offset(-1)..patch.code.end;
-    let regions = vec![Region { ranges: vec![whole], label: format!("patch {}", patch.name) }];
-    let mut checker = Checker::new(process, &modules, observers, regions);
+    let mut checker = Checker::new(process, &modules, observers, vec![whole_code(&patch)]);
     let mut unregistered = false;
     let mut deregister = |process: &mut TargetProcess| {
         // Nobody is inside, so nothing can be unwound through it any more.

@@ -3,7 +3,14 @@
 //! has the patch, takes it out of those that have: the request was never answered.
 
 use super::{
-    check::Observers, exchange::record, modules::ImageCache, process::TargetProcess, revert, target::Target,
+    check::Observers,
+    exchange::{free_leftover, record},
+    hooks,
+    ledger::{AppliedPatch, Span},
+    modules::ImageCache,
+    process::TargetProcess,
+    revert,
+    target::Target,
     transaction::Terms,
 };
 use crate::report::{Consistency, Failure, PatchId};
@@ -15,15 +22,76 @@ use std::{
 /// Time for taking a half-finished patch out of one process. The administrator waits for the attach meanwhile.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// Notes that `patch` is about to change in this process, and may not have in others.
+/// Notes that `patch` is about to change in this process, and may not have in others; `replaced` go out for it.
 ///
 /// # Errors
 /// The process is gone, or the ledger is full.
-pub fn begin(process: &mut TargetProcess, patch: PatchId) -> Result<(), Failure> {
-    if process.book.ledger.unsettled.contains(&patch) {
+pub fn begin(process: &mut TargetProcess, patch: PatchId, replaced: &[AppliedPatch]) -> Result<(), Failure> {
+    if process.book.ledger.unsettled.contains(&patch) && replaced.is_empty() {
         return Ok(());
     }
-    record(process, |ledger| ledger.unsettled.push(patch))
+    record(process, |ledger| {
+        if !ledger.unsettled.contains(&patch) {
+            ledger.unsettled.push(patch);
+        }
+        ledger.replaced = replaced.to_vec();
+    })
+}
+
+/// The memory of a patch.
+fn spans(patch: &AppliedPatch) -> impl Iterator<Item = Span> {
+    [patch.code, patch.rodata, patch.data].into_iter().filter(|span| !span.is_empty())
+}
+
+/// Patches that went out for one that is unsettled. From now on their memory is in use again, whatever was planned for it.
+///
+/// # Errors
+/// The process is gone.
+pub fn take_back(process: &mut TargetProcess) -> Result<Vec<AppliedPatch>, Failure> {
+    let back = gone_out(process);
+    if !back.is_empty() {
+        let used: Vec<Span> = back.iter().flat_map(spans).collect();
+        record(process, |ledger| ledger.lingering.retain(|span| !used.contains(span)))?;
+    }
+    Ok(back)
+}
+
+/// What is noted as replaced and really out.
+fn gone_out(process: &TargetProcess) -> Vec<AppliedPatch> {
+    let ledger = &process.book.ledger;
+    let is_out = |patch: &&AppliedPatch| ledger.patches.iter().all(|other| other.id != patch.id);
+    ledger.replaced.iter().filter(is_out).cloned().collect()
+}
+
+/// A patch is in all processes: what went out for it is no longer needed. It is freed where nobody can be inside it.
+pub fn clear_away(target: &mut Target, images: &mut ImageCache, consistency: Consistency) {
+    for process in target.processes.values_mut().filter(|process| !process.book.ledger.replaced.is_empty()) {
+        if consistency == Consistency::Quiescent
+            && let Err(failure) = free_replaced(process, images)
+        {
+            tracing::warn!(pid = process.pid, %failure, "the memory of replaced patches stays");
+        }
+    }
+}
+
+fn free_replaced(process: &mut TargetProcess, images: &mut ImageCache) -> Result<(), Failure> {
+    let mut unused = Vec::new();
+    for patch in gone_out(process) {
+        if let (Some(table), Some(_)) = (patch.eh_frame, patch.registered) {
+            let modules = images.modules(process.pid, &process.maps()?, &process.memory, |at| process.is_ours(at));
+            // The unwinder would follow the table into memory that is gone: then it stays, for ever.
+            if hooks::deregister_unwind_table(process, &modules, table).is_err() {
+                continue;
+            }
+        }
+        unused.extend(spans(&patch));
+    }
+    record(process, |ledger| {
+        ledger.replaced.clear();
+        ledger.lingering.retain(|span| !unused.contains(span));
+        ledger.leftover.extend(unused);
+    })?;
+    free_leftover(process)
 }
 
 /// What was begun has come to an end, told to the user whichever way it went.
@@ -35,8 +103,17 @@ pub fn done(target: &mut Target) {
 
 fn clear(process: &mut TargetProcess) {
     // A process that is gone needs no mark; in one that lives an agent that comes later settles it again.
-    if !process.book.ledger.unsettled.is_empty()
-        && let Err(failure) = record(process, |ledger| ledger.unsettled.clear())
+    // Of what went out nobody knows whether somebody is inside: it stays until the process is left, and for ever where the
+    // target's unwinder knows of it.
+    let out: Vec<Span> = gone_out(process).iter().filter(|patch| patch.registered.is_none()).flat_map(spans).collect();
+    let ledger = &process.book.ledger;
+    if (!ledger.unsettled.is_empty() || !ledger.replaced.is_empty())
+        && let Err(failure) = record(process, |ledger| {
+            ledger.unsettled.clear();
+            ledger.replaced.clear();
+            ledger.lingering.retain(|span| !out.contains(span));
+            ledger.lingering.extend(out);
+        })
     {
         tracing::debug!(pid = process.pid, %failure, "a mark could not be removed");
     }

@@ -44,6 +44,7 @@ impl Image {
     pub fn with_symbols_from(&self, debug_file: &[u8]) -> Result<Self, ImageError> {
         let mut image = Self::parse(&self.name, self.bytes.clone())?;
         image.debug.clone_from(&self.debug);
+        image.told.clone_from(&self.told);
         image.add_symbols_from(debug_file)?;
         Ok(image)
     }

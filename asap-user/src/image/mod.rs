@@ -14,6 +14,7 @@ mod query;
 mod segments;
 mod similar;
 mod symbols;
+mod told;
 mod unwind;
 
 pub use body::FunctionBody;
@@ -68,6 +69,7 @@ pub struct Image {
     needed: Vec<String>,
     debug_link: Option<String>,
     debug: Vec<ImageBytes>,
+    told: Vec<Symbol>,
     unwind: unwind::Tables,
     index: OnceLock<Index>,
 }
@@ -97,6 +99,7 @@ impl Image {
             for file in &self.debug {
                 symbols.add_symtab(file);
             }
+            told::add(&self.told, &mut symbols);
             let slots = self.dynamic.index(self, &mut symbols);
             symbols.finish();
             Index { symbols, slots }

@@ -56,6 +56,7 @@ impl Image {
             needed: Vec::new(),
             debug_link: sections.as_ref().and_then(|sections| debug_link(sections, data)),
             debug: Vec::new(),
+            told: Vec::new(),
             unwind: unwind::Tables::locate(programs, sections.as_ref(), &segments, data),
             segments,
             index: OnceLock::new(),

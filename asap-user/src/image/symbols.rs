@@ -164,6 +164,28 @@ impl SymbolTable {
         }
     }
 
+    /// Adds symbols that are told from elsewhere; `places` has the name and the file of each in `strings`.
+    pub(super) fn add_told(&mut self, told: &[Symbol], places: &[(u32, Option<u32>)], strings: Strings) {
+        let table = self.strings.len() as u32;
+        self.strings.push(strings);
+        for (symbol, &(name, file)) in told.iter().zip(places) {
+            let file = file.map_or(0, |file| {
+                self.files.push((table, file));
+                self.files.len() as u32
+            });
+            self.all.push(Raw {
+                strings: table,
+                name,
+                value: symbol.address.0,
+                size: symbol.size,
+                kind: symbol.kind,
+                binding: symbol.binding,
+                exported: false,
+                file,
+            });
+        }
+    }
+
     /// Builds the indexes.
     pub(super) fn finish(&mut self) {
         let mut budget = NameBudget::for_table(self.strings.iter().map(Strings::len).sum());

@@ -15,6 +15,7 @@ mod p6_refuses_functions;
 mod p6_refuses_objects;
 mod p6_refuses_processes;
 mod patch_and_revert;
+mod patch_files;
 mod patch_languages;
 mod patch_references;
 mod replaced_executable;
