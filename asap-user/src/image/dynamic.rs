@@ -45,6 +45,24 @@ impl Dynamic {
         (needed.collect(), self.0.iter().find(|(tag, _)| *tag == elf::DT_SONAME).and_then(text))
     }
 
+    /// Addresses within the image that the linker writes into slots which no symbol names.
+    pub(super) fn relocated_pointers(&self, image: &Image) -> RelocatedPointers {
+        let mut found = Vec::new();
+        for (at, size) in [(elf::DT_RELA, elf::DT_RELASZ), (elf::DT_JMPREL, elf::DT_PLTRELSZ)] {
+            let (Some(at), Some(size)) = (self.value(at), self.value(size)) else { continue };
+            let Some(bytes) = image.file_tail(ImageOffset(at)) else { continue };
+            let bytes = &bytes[..bytes.len().min(usize::try_from(size).unwrap_or(usize::MAX))];
+            for entry in bytes.chunks_exact(24) {
+                let word = |index: usize| entry[index..index + 8].try_into().map_or(0, u64::from_le_bytes);
+                let kind = elf::RelocationType(word(8) as u32);
+                if [elf::R_X86_64_RELATIVE, elf::R_X86_64_IRELATIVE].contains(&kind) {
+                    found.push(word(16));
+                }
+            }
+        }
+        RelocatedPointers(found)
+    }
+
     /// Adds the dynamic symbols to `table`, and lists the slots.
     pub(super) fn index(&self, image: &Image, table: &mut SymbolTable) -> Slots {
         let area = |tag: elf::DynamicTag| self.value(tag).and_then(|at| image.file_tail(ImageOffset(at)));
@@ -102,6 +120,9 @@ fn symbol_count(gnu: Option<&[u8]>, sysv: Option<&[u8]>) -> Option<usize> {
     }
     Some(index + 1)
 }
+
+/// Addresses that the linker stores, in no order.
+pub(super) struct RelocatedPointers(pub(super) Vec<u64>);
 
 /// Slots of imported symbols, by name.
 #[derive(Default)]

@@ -3,6 +3,7 @@
 
 mod body;
 mod bytes;
+mod code;
 mod debug_files;
 mod dynamic;
 mod error;
@@ -63,6 +64,8 @@ pub struct Image {
     position_independent: bool,
     segments: Vec<Segment>,
     tls: Option<TlsSegment>,
+    /// PT_GNU_RELRO: address and size.
+    relro: Option<(ImageOffset, u64)>,
     dynamic_at: Option<ImageOffset>,
     dynamic: Dynamic,
     soname: Option<String>,

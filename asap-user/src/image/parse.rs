@@ -50,6 +50,7 @@ impl Image {
             build_id,
             position_independent: kind == elf::ET_DYN.0,
             tls: find(elf::PT_TLS).map(tls_segment),
+            relro: find(elf::PT_GNU_RELRO).map(|program| (ImageOffset(program.p_vaddr(LE)), program.p_memsz(LE))),
             dynamic_at: find(elf::PT_DYNAMIC).map(|program| ImageOffset(program.p_vaddr(LE))),
             dynamic: Dynamic::read(programs, data),
             soname: None,

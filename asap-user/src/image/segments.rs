@@ -37,6 +37,11 @@ pub struct TlsSegment {
 }
 
 impl Segment {
+    /// Its addresses.
+    pub(super) fn mapped(&self) -> Range<u64> {
+        self.address.0..self.address.0.saturating_add(self.memory_size)
+    }
+
     /// The file holds the byte that is mapped at `at`. No segment goes round the end of the address space.
     pub(super) fn is_in_file(&self, at: ImageOffset) -> bool {
         at.0.checked_sub(self.address.0).is_some_and(|offset| offset < self.file_size)

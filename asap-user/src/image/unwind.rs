@@ -93,9 +93,24 @@ impl Tables {
         let Some(fde) = open.fde_at(start.0) else { return false };
         let mut context = gimli::UnwindContext::new();
         let row = fde.unwind_info_for_address(&open.frames, &open.bases, &mut context, start.0);
-        row.is_ok_and(|row| {
-            matches!(row.cfa(), gimli::CfaRule::RegisterAndOffset { register, offset: 8 } if *register == gimli::X86_64::RSP)
-        })
+        row.is_ok_and(is_bare)
+    }
+
+    /// Where, in all code that the table describes, only the return address lies above the stack pointer; by address.
+    pub(super) fn bare_frames(&self, image: &Image) -> Vec<Range<ImageOffset>> {
+        let Some(open) = Open::of(self, image) else { return Vec::new() };
+        let mut context = gimli::UnwindContext::new();
+        let mut found: Vec<Range<ImageOffset>> = Vec::new();
+        for fde in open.fdes() {
+            let Ok(mut rows) = fde.rows(&open.frames, &open.bases, &mut context) else { continue };
+            while let Ok(Some(row)) = rows.next_row() {
+                if is_bare(row) && row.start_address() < row.end_address() {
+                    found.push(ImageOffset(row.start_address())..ImageOffset(row.end_address()));
+                }
+            }
+        }
+        found.sort_unstable_by_key(|range| (range.start, range.end));
+        found
     }
 
     /// Where the exception table is of the code that begins at `start`.
@@ -106,16 +121,16 @@ impl Tables {
     /// Bounds of all entries, by address.
     pub(super) fn all(&self, image: &Image) -> Vec<Range<ImageOffset>> {
         let Some(open) = Open::of(self, image) else { return Vec::new() };
-        let offsets: Vec<usize> = match open.index {
-            Some(index) => index.chunks_exact(8).filter_map(|row| open.offset(row)).collect(),
-            None => open.listed.iter().map(|&(_, offset)| offset).collect(),
-        };
-        let fdes = offsets.into_iter().filter_map(|offset| open.fde(offset));
-        let mut all: Vec<_> = fdes.filter_map(|fde| bounds(&fde)).collect();
+        let mut all: Vec<_> = open.fdes().iter().filter_map(bounds).collect();
         all.sort_unstable_by_key(|range| (range.start, range.end));
         all.dedup_by_key(|range| range.start);
         all
     }
+}
+
+/// Only the return address lies above the stack pointer.
+fn is_bare(row: &gimli::UnwindTableRow<usize>) -> bool {
+    matches!(row.cfa(), gimli::CfaRule::RegisterAndOffset { register, offset: 8 } if *register == gimli::X86_64::RSP)
 }
 
 fn bounds(fde: &Fde<'_>) -> Option<Range<ImageOffset>> {
@@ -179,6 +194,15 @@ impl<'a> Open<'a> {
         let relative = row.get(4..8)?.try_into().map(i32::from_le_bytes).ok()?;
         let at = self.header_at.wrapping_add_signed(i64::from(relative)).checked_sub(self.frames_at)?;
         usize::try_from(at).ok().filter(|&at| at < self.length)
+    }
+
+    /// All entries.
+    fn fdes(&self) -> Vec<Fde<'a>> {
+        let offsets: Vec<usize> = match self.index {
+            Some(index) => index.chunks_exact(8).filter_map(|row| self.offset(row)).collect(),
+            None => self.listed.iter().map(|&(_, offset)| offset).collect(),
+        };
+        offsets.into_iter().filter_map(|offset| self.fde(offset)).collect()
     }
 
     fn fde(&self, offset: usize) -> Option<Fde<'a>> {
