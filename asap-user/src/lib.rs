@@ -1,11 +1,12 @@
 //! Repairs running programs: replaces functions of a live x86-64 Linux process with repaired ones.
 //!
 //! Modules depend downwards in this order only: `cli` on `agent` on `engine` on `quiesce` on `patch`, `image`, `process`,
-//! `kernel`. `image` and `patch` are pure: bytes in, plain data out.
+//! `kernel`. `image`, `patch` and `dbt` are pure: bytes in, plain data out.
 
 pub mod address;
 pub mod agent;
 pub mod cli;
+pub mod dbt;
 pub mod engine;
 pub mod fault;
 pub mod image;
