@@ -67,6 +67,12 @@ impl Agent {
         serde_json::from_str(&text).with_context(|| format!("asap {} answered {text}", arguments.join(" ")))
     }
 
+    /// Starts `asap` with `arguments`, for a request that nobody waits for.
+    pub fn begin(&self, arguments: &[&str]) -> Result<Owned> {
+        let mut command = asap(&self.asap, &self.directory);
+        Owned::spawn(command.arg("--json").args(arguments).stdout(Stdio::null()).stderr(Stdio::null()))
+    }
+
     /// Kills it, without a word.
     pub fn kill(&mut self) -> Result<()> {
         kill(Pid::from_raw(self.pid()), Signal::SIGKILL).context("the agent can't be killed")?;

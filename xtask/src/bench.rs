@@ -220,7 +220,7 @@ fn apache(asap: &Path, folder: &Path, rounds: usize) -> Result<(String, Value)> 
 }
 
 /// Resident memory of a process, KiB.
-fn resident(pid: i32) -> Result<u64> {
+pub fn resident(pid: i32) -> Result<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("a resident size")?;
     line.trim().trim_end_matches(" kB").parse().context("a number")

@@ -22,6 +22,8 @@ pub struct LoadReport {
     pub rate: f64,
     /// The slowest answer, microseconds.
     pub slowest_us: f64,
+    /// How wrk described the failures.
+    pub failures: String,
 }
 
 impl Load {
@@ -49,9 +51,12 @@ fn read(text: &str) -> Option<LoadReport> {
     let rate = lines().find_map(|line| line.strip_prefix("Requests/sec:")?.trim().parse().ok())?;
     // "Latency  3.21ms  1.02ms  25.33ms  88.10%": mean, deviation, most.
     let slowest = lines().find_map(|line| line.strip_prefix("Latency")?.split_ascii_whitespace().nth(2))?;
-    let mut failed = 0;
+    let (mut failed, mut failures) = (0, Vec::new());
     // "Socket errors: connect 0, read 0, write 0, timeout 0", "Non-2xx or 3xx responses: 1": only where there are any.
     for line in lines() {
+        if line.starts_with("Socket errors:") || line.starts_with("Non-2xx or 3xx responses:") {
+            failures.push(line);
+        }
         if let Some(counts) = line.strip_prefix("Socket errors:") {
             for count in counts.split(',') {
                 failed += count.split_ascii_whitespace().last()?.parse::<u64>().ok()?;
@@ -60,7 +65,7 @@ fn read(text: &str) -> Option<LoadReport> {
             failed += count.trim().parse::<u64>().ok()?;
         }
     }
-    Some(LoadReport { requests, failed, rate, slowest_us: microseconds(slowest)? })
+    Some(LoadReport { requests, failed, rate, slowest_us: microseconds(slowest)?, failures: failures.join("; ") })
 }
 
 /// A duration as wrk writes it.
@@ -91,7 +96,8 @@ mod tests {
     #[test]
     fn a_report_is_read() {
         let text = format!("{QUIET}Requests/sec:  10563.21\nTransfer/sec:      2.83GB\n");
-        let expected = LoadReport { requests: 21133, failed: 0, rate: 10563.21, slowest_us: 17300.0 };
+        let expected =
+            LoadReport { requests: 21133, failed: 0, rate: 10563.21, slowest_us: 17300.0, failures: String::new() };
         assert_eq!(read(&text), Some(expected));
     }
 

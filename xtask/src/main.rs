@@ -11,6 +11,7 @@ mod load;
 mod owned;
 mod setup;
 mod snapshot;
+mod soak;
 mod test;
 mod vm_test;
 mod workers;
@@ -56,6 +57,8 @@ enum Task {
         #[arg(long, default_value_t = 5)]
         rounds: usize,
     },
+    /// Patch and repair servers under load for a long time: nothing may fail, nothing may grow.
+    Soak(soak::Options),
 }
 
 fn main() -> ExitCode {
@@ -67,6 +70,7 @@ fn main() -> ExitCode {
         Task::Demo(options) => demo::run(options),
         Task::Ebpf { check } => ebpf::run(check),
         Task::Bench { what, json, rounds } => bench::run(what, json, rounds),
+        Task::Soak(options) => soak::run(&options),
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,

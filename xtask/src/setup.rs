@@ -31,7 +31,7 @@ const fn need_of_root(file: &'static str, package: &'static str, purpose: &'stat
     Need { file, package, purpose, root_only: true }
 }
 
-const NEEDED: [Need; 13] = [
+const NEEDED: [Need; 15] = [
     need("/usr/bin/gcc", "gcc", "test programs and patches"),
     need("/usr/bin/g++", "g++", "test programs and patches in C++"),
     need("/usr/bin/clang", "clang", "patches by another compiler"),
@@ -44,6 +44,8 @@ const NEEDED: [Need; 13] = [
     need_of_root("/usr/include/apache2/httpd.h", "apache2-dev", "the demo's patch"),
     need_of_root("/usr/include/apr-1.0/apr.h", "libapr1-dev", "the demo's patch"),
     need_of_root("/usr/bin/qemu-system-x86_64", "qemu-system-x86", "tests on other kernels"),
+    need_of_root("/usr/sbin/nginx", "nginx", "a server of the soak test"),
+    need_of_root("/usr/bin/redis-server", "redis-server", "a server of the soak test"),
     need_of_root("/usr/bin/wrk", "wrk", "load for the demo"),
 ];
 
