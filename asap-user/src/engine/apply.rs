@@ -281,12 +281,15 @@ impl Work<'_> {
         let Staged { mut patch, hooks } = staged;
         let regions = regions_of(process, &patch, replaced);
         if let (Some(table), Some(object)) = (patch.eh_frame, patch.registered.take())
-            && hooks::register_unwind_table(process, modules, table, object)
-                .map_err(|error| stage::hook_failed(process.pid, error))?
+            && hooks::announce(process, modules, table, object)?
         {
+            if let Err(error) = hooks::register_unwind_table(process) {
+                hooks::end_registration(process)?;
+                return Err(stage::hook_failed(process.pid, error));
+            }
             patch.registered = Some(object);
         }
-        let undo = patch.clone();
+        let registered = patch.registered.is_some();
         let report = patch.report();
         let mut goal = process.book.ledger.patches.clone();
         goal.retain(|other| !replaced.contains(other));
@@ -299,13 +302,13 @@ impl Work<'_> {
             let done = transaction::run(process, exchange, &mut checker, self.terms, &mut at_quiescence)?;
             let next = self.identity.id.0 + 1;
             record(process, |ledger| ledger.next_patch = ledger.next_patch.max(next))?;
+            hooks::end_registration(process)?;
             free_leftover(process)?;
             Ok(done)
         })();
-        if done.is_err()
-            && let (Some(table), Some(_)) = (undo.eh_frame, undo.registered)
-        {
-            let _ = hooks::deregister_unwind_table(process, modules, table);
+        if done.is_err() && registered {
+            let _ = hooks::deregister_unwind_table(process);
+            let _ = hooks::end_registration(process);
         }
         let done = done?;
         // The patch is in; a hook that fails now is told, and changes nothing.

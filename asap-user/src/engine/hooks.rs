@@ -1,12 +1,13 @@
 //! Code of a patch, or of the target's runtime, run by the puppet: hooks, and the registration of unwind tables.
 
-use super::{ledger::Span, modules::Module, process::TargetProcess, stage::hook_failed};
-use crate::{
-    address::TargetAddr,
-    image::SymbolKind,
-    process::{pages, puppet::PuppetError},
-    report::Failure,
+use super::{
+    exchange::record,
+    ledger::{Registration, Span},
+    modules::Module,
+    process::{TargetProcess, explain},
+    stage::hook_failed,
 };
+use crate::{address::TargetAddr, image::SymbolKind, process::puppet::PuppetError, report::Failure};
 use std::time::Duration;
 
 /// Stack of a function that the puppet calls, bytes.
@@ -14,40 +15,64 @@ const STACK: u64 = 256 * 1024;
 /// Time that one hook may take. Gates are closed meanwhile.
 const LIMIT: Duration = Duration::from_millis(500);
 
-/// A stack for calls by the puppet, in the target.
-struct CallStack {
-    start: u64,
-}
+/// A stack for calls by the puppet, in the target. The ledger says where it is: should we die during a call, which runs on to
+/// its end, the next agent unmaps it.
+#[must_use]
+struct CallStack(Span);
 
 impl CallStack {
-    fn map(process: &mut TargetProcess) -> Result<Self, PuppetError> {
-        let protection = (libc::PROT_READ | libc::PROT_WRITE) as u64;
-        let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
-        let start = process.puppet.syscall("mmap", libc::SYS_mmap, [0, STACK, protection, flags, u64::MAX, 0])?;
-        Ok(Self { start })
+    fn map(process: &mut TargetProcess) -> Result<Self, Failure> {
+        let pid = process.pid;
+        let home = process.book.home();
+        for _ in 0..8 {
+            // With a page free on both sides: the kernel must not make one mapping of it and a neighbour.
+            let start = process.maps()?.gap(&(home..home), STACK, 1 << 46);
+            let start =
+                start.ok_or_else(|| Failure::refused(format!("process {pid} has no room"), "free some memory"))?;
+            let stack = Span { start, end: start.offset(STACK as i64) };
+            record(process, |ledger| ledger.call_stack = Some(stack))?;
+            crate::fault::point("call.stack-recorded");
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
+            let protection = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+            let arguments = [start.0, STACK, protection, flags as u64, u64::MAX, 0];
+            match process.puppet.syscall("mmap", libc::SYS_mmap, arguments) {
+                Ok(_) => {
+                    crate::fault::point("call.stack-mapped");
+                    return Ok(Self(stack));
+                }
+                Err(error) => {
+                    record(process, |ledger| ledger.call_stack = None)?;
+                    let taken =
+                        matches!(&error, PuppetError::Call { error, .. } if error.raw_os_error() == Some(libc::EEXIST));
+                    if !taken {
+                        return Err(explain(pid, error));
+                    }
+                }
+            }
+        }
+        Err(Failure::refused(format!("the address space of process {pid} changes too fast"), "try again"))
     }
 
-    fn call(&self, process: &mut TargetProcess, function: TargetAddr, arguments: [u64; 2]) -> Result<u64, PuppetError> {
-        let fs_base = process.puppet.thread_pointer();
-        let top = TargetAddr(self.start + STACK - 64);
-        let arguments = [arguments[0], arguments[1], 0, 0, 0, 0];
-        process.puppet.call(&process.memory, function, arguments, top, fs_base, LIMIT)
-    }
-
-    fn unmap(self, process: &mut TargetProcess) {
-        let _ = pages::unmap(&mut process.puppet, TargetAddr(self.start), STACK);
+    fn unmap(self, process: &mut TargetProcess) -> Result<(), Failure> {
+        process.release(self.0);
+        crate::fault::point("call.stack-unmapped");
+        record(process, |ledger| ledger.call_stack = None)
     }
 }
 
-/// Calls a function without arguments and gives the low half of its rax.
-///
-/// # Errors
-/// It crashed, or did not end in time.
-pub fn call(process: &mut TargetProcess, function: TargetAddr, arguments: [u64; 2]) -> Result<u64, PuppetError> {
-    let stack = CallStack::map(process)?;
-    let result = stack.call(process, function, arguments);
-    stack.unmap(process);
-    result
+/// Calls a function with two integer arguments and gives its rax. Once begun it runs to its end even if the agent dies; then
+/// `mark` is written, if there is one: where, and what.
+fn call(
+    process: &mut TargetProcess,
+    stack: Span,
+    function: TargetAddr,
+    arguments: [u64; 2],
+    mark: Option<(TargetAddr, u64)>,
+) -> Result<u64, PuppetError> {
+    let fs_base = process.puppet.thread_pointer();
+    let arguments = [arguments[0], arguments[1], 0, 0, 0, 0];
+    let top = stack.end.offset(-64);
+    process.puppet.call(&process.memory, function, arguments, top, fs_base, mark, LIMIT)
 }
 
 /// Runs hooks in order. One that returns something else than 0 refuses.
@@ -55,30 +80,51 @@ pub fn call(process: &mut TargetProcess, function: TargetAddr, arguments: [u64; 
 /// # Errors
 /// A hook refused, crashed, or did not end in time.
 pub fn run(process: &mut TargetProcess, hooks: &[TargetAddr]) -> Result<(), Failure> {
+    if hooks.is_empty() {
+        return Ok(());
+    }
     let pid = process.pid;
-    for &hook in hooks {
-        let result = call(process, hook, [0; 2]).map_err(|error| hook_failed(pid, error))? as u32;
-        if result != 0 {
-            return Err(Failure::rolled_back(
+    // One may be there for the unwind table.
+    let (stack, own) = match process.book.ledger.call_stack {
+        Some(stack) => (stack, None),
+        None => {
+            let own = CallStack::map(process)?;
+            (own.0, Some(own))
+        }
+    };
+    let refused = hooks.iter().find_map(|&hook| {
+        match call(process, stack, hook, [0; 2], None) {
+            // A function of C returns an int.
+            Ok(result) if result as u32 == 0 => None,
+            Ok(result) => Some(Failure::rolled_back(
                 format!("a hook of the patch refused in process {pid}: it returned {}", result as i32),
                 "the patch's author knows why; see the hooks in its source",
-            ));
+            )),
+            Err(error) => Some(hook_failed(pid, error)),
         }
+    });
+    if let Some(own) = own {
+        own.unmap(process)?;
     }
-    Ok(())
+    refused.map_or(Ok(()), Err)
 }
 
 /// Runs hooks whose result does not matter: what they follow has happened. Failures are logged.
 pub fn run_after(process: &mut TargetProcess, hooks: &[TargetAddr]) {
     for &hook in hooks {
-        if let Err(error) = call(process, hook, [0; 2]) {
-            tracing::warn!(pid = process.pid, %error, "a hook of a patch failed");
+        if let Err(failure) = run(process, &[hook]) {
+            tracing::warn!(pid = process.pid, %failure, "a hook of a patch failed");
         }
     }
 }
 
-/// Length of libgcc's `struct object`, bytes, with room to spare.
+/// Length of libgcc's `struct object`, bytes, with room to spare, and a word of ours at its end.
 pub const UNWIND_OBJECT: u64 = 128;
+/// Where that word lies in the object.
+const STATE_AT: i64 = UNWIND_OBJECT as i64 - 8;
+/// What it says: libgcc knows the table; libgcc has forgotten it. 0: was never told.
+const KNOWN: u64 = 1;
+const FORGOTTEN: u64 = 2;
 
 fn exported(modules: &[Module], name: &str) -> Option<TargetAddr> {
     modules.iter().find_map(|module| {
@@ -87,30 +133,104 @@ fn exported(modules: &[Module], name: &str) -> Option<TargetAddr> {
     })
 }
 
-/// Tells the target's unwinder about the patch's unwind table, so that exceptions and backtraces pass through its code. Where
-/// the target has no libgcc there is nothing to tell.
+fn tell(process: &mut TargetProcess, registration: Registration, known: bool) -> Result<(), PuppetError> {
+    let stack = registration.stack;
+    let mark = |state| Some((registration.object.offset(STATE_AT), state));
+    let table = registration.table.start.0;
+    if known {
+        call(process, stack, registration.register, [table, registration.object.0], mark(KNOWN)).map(drop)
+    } else {
+        call(process, stack, registration.deregister, [table, 0], mark(FORGOTTEN)).map(drop)
+    }
+}
+
+/// Writes into the ledger that libgcc is about to be told of, or to forget, the unwind table of a patch; before
+/// [`register_unwind_table`] or [`deregister_unwind_table`], and outside of closed gates. `false`: the target has no libgcc, and
+/// there is nothing to tell.
 ///
 /// # Errors
-/// libgcc's function crashed or hung.
-pub fn register_unwind_table(
+/// The process is gone, or the ledger is full.
+pub fn announce(
     process: &mut TargetProcess,
     modules: &[Module],
     table: Span,
     object: TargetAddr,
-) -> Result<bool, PuppetError> {
-    let Some(register) = exported(modules, "__register_frame_info") else { return Ok(false) };
-    call(process, register, [table.start.0, object.0]).map(|_| true)
+) -> Result<bool, Failure> {
+    let functions = exported(modules, "__register_frame_info").zip(exported(modules, "__deregister_frame_info"));
+    let Some((register, deregister)) = functions else { return Ok(false) };
+    let stack = CallStack::map(process)?.0;
+    let registration = Registration { table, object, register, deregister, stack };
+    record(process, |ledger| ledger.registering = Some(registration))?;
+    crate::fault::point("unwind.announced");
+    Ok(true)
+}
+
+/// Tells the target's unwinder about the table that was announced, so that exceptions and backtraces pass through its code.
+///
+/// # Errors
+/// libgcc's function crashed or hung.
+pub fn register_unwind_table(process: &mut TargetProcess) -> Result<(), PuppetError> {
+    let Some(registration) = process.book.ledger.registering else { return Ok(()) };
+    tell(process, registration, true)?;
+    crate::fault::point("unwind.registered");
+    Ok(())
 }
 
 /// The opposite, before the patch's memory goes away.
 ///
 /// # Errors
 /// libgcc's function crashed or hung.
-pub fn deregister_unwind_table(
-    process: &mut TargetProcess,
-    modules: &[Module],
-    table: Span,
-) -> Result<(), PuppetError> {
-    let Some(deregister) = exported(modules, "__deregister_frame_info") else { return Ok(()) };
-    call(process, deregister, [table.start.0, 0]).map(drop)
+pub fn deregister_unwind_table(process: &mut TargetProcess) -> Result<(), PuppetError> {
+    let Some(registration) = process.book.ledger.registering else { return Ok(()) };
+    tell(process, registration, false)?;
+    crate::fault::point("unwind.deregistered");
+    Ok(())
+}
+
+/// After a dead agent: libgcc knows the table that was announced if its patch is applied, and does not otherwise.
+///
+/// # Errors
+/// libgcc's function crashed or hung, or the process is gone.
+pub fn settle_registration(process: &mut TargetProcess) -> Result<(), Failure> {
+    let Some(registration) = process.book.ledger.registering else { return Ok(()) };
+    let pid = process.pid;
+    let wanted = process.book.ledger.patches.iter().any(|patch| patch.registered == Some(registration.object));
+    // Where the patch's memory is gone, libgcc was told before.
+    let state = process.memory.bytes(registration.object.offset(STATE_AT), 8);
+    let known = state.is_ok_and(|bytes| bytes == KNOWN.to_le_bytes());
+    if wanted != known {
+        // The old one may be gone.
+        forget_stack(process)?;
+        let stack = CallStack::map(process)?.0;
+        tell(process, Registration { stack, ..registration }, wanted).map_err(|error| hook_failed(pid, error))?;
+    }
+    end_registration(process)
+}
+
+/// libgcc and the ledger agree: the announcement has done its work.
+///
+/// # Errors
+/// The process is gone.
+pub fn end_registration(process: &mut TargetProcess) -> Result<(), Failure> {
+    if process.book.ledger.registering.is_some() {
+        record(process, |ledger| ledger.registering = None)?;
+        crate::fault::point("unwind.settled");
+        forget_stack(process)?;
+    }
+    Ok(())
+}
+
+/// Unmaps the stack for calls that the ledger tells of, if it is there.
+///
+/// # Errors
+/// The process is gone.
+pub fn forget_stack(process: &mut TargetProcess) -> Result<(), Failure> {
+    let Some(stack) = process.book.ledger.call_stack else { return Ok(()) };
+    let maps = process.maps()?;
+    let is_ours =
+        maps.at(stack.start).is_some_and(|m| m.range == stack.range() && m.inode == 0 && m.writable && !m.shared);
+    if is_ours {
+        process.release(stack);
+    }
+    record(process, |ledger| ledger.call_stack = None)
 }

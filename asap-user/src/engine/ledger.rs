@@ -169,6 +169,22 @@ pub struct Pending {
     pub pages: Vec<TargetAddr>,
 }
 
+/// An unwind table that the target's libgcc is being told of, or told to forget. Who finds one sets it right: libgcc must never
+/// know a table whose memory is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Registration {
+    /// The table.
+    pub table: Span,
+    /// libgcc's object for it, and our word behind it that says what libgcc was told.
+    pub object: TargetAddr,
+    /// `__register_frame_info`.
+    pub register: TargetAddr,
+    /// `__deregister_frame_info`.
+    pub deregister: TargetAddr,
+    /// The stack for the calls.
+    pub stack: Span,
+}
+
 /// Everything that is known about a process.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ledger {
@@ -201,6 +217,12 @@ pub struct Ledger {
     /// Patches that go out for an unsettled one. Their memory is kept, so that they can come back.
     #[serde(default)]
     pub replaced: Vec<AppliedPatch>,
+    /// The unwind table that libgcc is being told of.
+    #[serde(default)]
+    pub registering: Option<Registration>,
+    /// A stack for calls of functions of the target, which is mapped, or about to be.
+    #[serde(default)]
+    pub call_stack: Option<Span>,
 }
 
 /// Why a ledger can't be used.

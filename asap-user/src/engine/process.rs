@@ -26,6 +26,8 @@ use std::{
     time::Duration,
 };
 
+/// How long the helper of a dead agent has to finish a call in the target.
+const ORPHAN_LIMIT: Duration = Duration::from_secs(1);
 /// Reach of a 32-bit displacement, less room for what lies behind the addressed byte.
 pub const REACH: u64 = (1 << 31) - (1 << 20);
 
@@ -91,6 +93,7 @@ impl TargetProcess {
         let memory = Memory::open(pid).map_err(failed)?;
         let maps = Maps::of(pid).map_err(failed)?;
         let gadgets = Gadgets::find(&maps, &memory).map_err(|error| refused(pid, error))?;
+        puppet::await_orphans(pid, ORPHAN_LIMIT);
         let left = LedgerBook::find_home(&maps, &memory);
         let mappings = left.is_none().then(|| executable_mappings(&maps));
         let (puppet, borrowed, book) = match left {

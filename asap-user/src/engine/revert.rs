@@ -4,14 +4,13 @@
 use super::{
     check::{Checker, Observers},
     deadline,
-    exchange::{Exchange, OldMemory, free_leftover},
+    exchange::{Exchange, OldMemory, free_leftover, record},
     hooks,
     ledger::AppliedPatch,
     micros_since,
     modules::ImageCache,
     process::TargetProcess,
     settle,
-    stage::hook_failed,
     target::Target,
     transaction::{self, AtQuiescence, Terms},
 };
@@ -154,27 +153,33 @@ pub fn from_process(
         (true, None) => OldMemory::Linger,
         (true, Some(_)) => OldMemory::Keep,
     };
-    let exchange = Exchange::prepare(process, goal, memory)?;
-    let mut checker = Checker::new(process, &modules, observers, vec![whole_code(&patch)]);
-    let mut unregistered = false;
-    let mut deregister = |process: &mut TargetProcess| {
-        // Nobody is inside, so nothing can be unwound through it any more.
-        if let Some(table) = registered.filter(|_| !lazy) {
-            let pid = process.pid;
-            hooks::deregister_unwind_table(process, &modules, table).map_err(|error| hook_failed(pid, error))?;
-            unregistered = true;
-        }
-        Ok(())
+    let forget = match (registered, patch.registered) {
+        (Some(table), Some(object)) if !lazy => hooks::announce(process, &modules, table, object)?,
+        _ => false,
     };
-    let mut at_quiescence = AtQuiescence { hooks: &patch.hooks.pre_revert, last: &mut deregister };
-    let done = transaction::run(process, exchange, &mut checker, terms, &mut at_quiescence);
-    let report = match (done, registered, patch.registered) {
-        (Err(failure), Some(table), Some(object)) if unregistered => {
-            let _ = hooks::register_unwind_table(process, &modules, table, object);
+    let exchange = match Exchange::prepare(process, goal, memory) {
+        Ok(exchange) => exchange,
+        Err(failure) => {
+            let _ = hooks::end_registration(process);
             return Err(failure);
         }
-        (done, ..) => done?,
     };
+    let mut checker = Checker::new(process, &modules, observers, vec![whole_code(&patch)]);
+    let mut at_quiescence = AtQuiescence { hooks: &patch.hooks.pre_revert, last: &mut |_| Ok(()) };
+    let done = transaction::run(process, exchange, &mut checker, terms, &mut at_quiescence);
+    if done.is_err() {
+        let _ = hooks::end_registration(process);
+    }
+    let report = done?;
+    if forget {
+        // Not before: as long as the patch can be entered, exceptions must find their way through it (P1).
+        if let Err(error) = hooks::deregister_unwind_table(process) {
+            tracing::warn!(pid = process.pid, %error, "libgcc keeps the unwind table of a reverted patch: so its memory stays");
+            let own = [patch.code, patch.rodata, patch.data];
+            record(process, |ledger| ledger.leftover.retain(|span| !own.contains(span)))?;
+        }
+        hooks::end_registration(process)?;
+    }
     hooks::run_after(process, &patch.hooks.post_revert);
     crate::fault::point("revert.release");
     free_leftover(process)?;

@@ -77,10 +77,13 @@ pub fn clear_away(target: &mut Target, images: &mut ImageCache, consistency: Con
 fn free_replaced(process: &mut TargetProcess, images: &mut ImageCache) -> Result<(), Failure> {
     let mut unused = Vec::new();
     for patch in gone_out(process) {
-        if let (Some(table), Some(_)) = (patch.eh_frame, patch.registered) {
+        if let (Some(table), Some(object)) = (patch.eh_frame, patch.registered) {
             let modules = images.modules(process.pid, &process.maps()?, &process.memory, |at| process.is_ours(at));
+            hooks::announce(process, &modules, table, object)?;
+            let forgotten = hooks::deregister_unwind_table(process);
+            hooks::end_registration(process)?;
             // The unwinder would follow the table into memory that is gone: then it stays, for ever.
-            if hooks::deregister_unwind_table(process, &modules, table).is_err() {
+            if forgotten.is_err() {
                 continue;
             }
         }

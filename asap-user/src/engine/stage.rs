@@ -167,15 +167,21 @@ fn link(
     originals: &HashMap<String, TargetAddr>,
 ) -> Result<LinkedPatch, Failure> {
     let pid = process.pid;
-    let (memory, puppet) = (&process.memory, &mut process.puppet);
+    let (memory, puppet, book) = (&process.memory, &mut process.puppet, &mut process.book);
     let mut call_resolver = |resolver: TargetAddr| {
         let protection = (libc::PROT_READ | libc::PROT_WRITE) as u64;
         let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
         let stack = puppet.syscall("mmap", libc::SYS_mmap, [0, CALL_STACK, protection, flags, u64::MAX, 0]).ok()?;
+        let span = Span { start: TargetAddr(stack), end: TargetAddr(stack + CALL_STACK) };
+        // Should we die during the call, the next agent unmaps it.
+        let noted = book.update(memory, |ledger| ledger.leftover.push(span)).is_ok();
         let fs_base = puppet.thread_pointer();
-        let top = TargetAddr(stack + CALL_STACK - 64);
-        let chosen = puppet.call(memory, resolver, [0; 6], top, fs_base, RESOLVER_LIMIT);
-        let _ = pages::unmap(puppet, TargetAddr(stack), CALL_STACK);
+        let top = span.end.offset(-64);
+        let chosen = puppet.call(memory, resolver, [0; 6], top, fs_base, None, RESOLVER_LIMIT);
+        let _ = pages::unmap(puppet, span.start, CALL_STACK);
+        if noted {
+            let _ = book.update(memory, |ledger| ledger.leftover.retain(|other| *other != span));
+        }
         chosen.ok().filter(|&at| modules.iter().any(|m| m.text.contains(&TargetAddr(at)))).map(TargetAddr)
     };
     let scope = TargetScope {

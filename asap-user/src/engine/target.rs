@@ -174,8 +174,11 @@ impl Target {
     /// A number that no patch in any of its processes has had.
     #[must_use]
     pub fn next_patch(&self) -> PatchId {
-        let next = self.processes.values().map(|process| process.book.ledger.next_patch).max().unwrap_or(1);
-        PatchId(next)
+        let ledgers = || self.processes.values().map(|process| &process.book.ledger);
+        let recorded = ledgers().map(|ledger| ledger.next_patch).max().unwrap_or(1);
+        // An agent that died right after its commit had no time to count on.
+        let newest = ledgers().flat_map(|ledger| &ledger.patches).map(|patch| patch.id.0).max().unwrap_or(0);
+        PatchId(recorded.max(newest.saturating_add(1)))
     }
 
     /// For reports.

@@ -64,11 +64,13 @@ pub struct ExchangeError {
     pub error: io::Error,
 }
 
-/// Code at the start of the home, for the puppet: `syscall; ret`, and further on `syscall; ud2` as the place to which a
-/// called function returns.
+/// Code at the start of the home, for the puppet: `syscall; ret`, and further on `mov [rbx], r12; int3` as the place to which
+/// a called function returns.
 const HOME_CODE: [u8; 16] =
-    [0x0f, 0x05, 0xc3, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0x0f, 0x05, 0x0f, 0x0b, 0xcc, 0xcc, 0xcc, 0xcc];
+    [0x0f, 0x05, 0xc3, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc, 0x4c, 0x89, 0x23, 0xcc, 0xcc, 0xcc, 0xcc, 0xcc];
 const RETURN_STUB: i64 = 8;
+/// Where `rip` is behind its int3.
+const RETURNED: u64 = 4;
 /// Where the code for [`Puppet::exchange`] and its table lie in the home.
 const EXCHANGE_AT: i64 = 64;
 const EXCHANGE_TABLE: i64 = 256;
@@ -360,12 +362,14 @@ impl Puppet {
         Ok(())
     }
 
-    /// Calls a function of the target with up to six integer arguments on `stack` (its top, 16-byte aligned), with the
-    /// thread pointer `fs_base`, and returns its rax. The caller sees to it that the function may run here: no locks that a
-    /// stopped thread holds, no thread-local state that another thread is using.
+    /// Calls a function of the target with up to six integer arguments on `stack` (its top, 16-byte aligned, with 16 writable
+    /// bytes above), with the thread pointer `fs_base`, and returns its rax. Once begun, it runs to its end even if the agent
+    /// dies: it may hold locks of the target. After it, `mark` is written: where, and what. The caller sees to it that the
+    /// function may run here: no locks that a stopped thread holds, no thread-local state that another thread is using.
     ///
     /// # Errors
     /// It hit a fault, or did not return within `limit`.
+    #[allow(clippy::too_many_arguments)]
     pub fn call(
         &mut self,
         memory: &Memory,
@@ -373,6 +377,7 @@ impl Puppet {
         arguments: [u64; 6],
         stack: TargetAddr,
         fs_base: u64,
+        mark: Option<(TargetAddr, u64)>,
         limit: Duration,
     ) -> Result<u64, PuppetError> {
         let pid = self.target;
@@ -386,30 +391,31 @@ impl Puppet {
         let mut registers = calling(self.registers, function, 0, arguments);
         registers.rsp = top.0;
         registers.rbp = 0;
+        // Preserved by the function (psABI 3.2.1). Without a mark the word above the stack takes it.
+        let (place, value) = mark.unwrap_or((stack, 0));
+        (registers.rbx, registers.r12) = (place.0, value);
         registers.fs_base = fs_base;
         self.process.set_registers(&registers)?;
+        let suspend = if self.confined { libc::PTRACE_O_SUSPEND_SECCOMP } else { 0 };
+        // From here it runs to the int3 behind its end, whatever becomes of us. Untraced, the int3 ends it.
+        self.process.set_options(suspend)?;
+        crate::fault::point("call.begin");
         let deadline = Instant::now() + limit;
-        loop {
+        let stopped = loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            match self.process.run_to_syscall(left)? {
-                StopReason::Syscall => {
-                    let registers = self.process.registers()?;
-                    // The entry to the call in the return stub: the function is done.
-                    if registers.rip == return_to.0 + 2 && !self.process.is_at_syscall_exit()? {
-                        break;
-                    }
-                }
-                StopReason::Group | StopReason::Interrupt | StopReason::Event(_) => {}
-                reason @ StopReason::Signal(_) => return Err(self.astray(reason)),
+            match self.process.run(left)? {
+                StopReason::Signal(libc::SIGTRAP) => break StopReason::Signal(libc::SIGTRAP),
+                reason @ StopReason::Signal(_) => break reason,
+                StopReason::Group | StopReason::Interrupt | StopReason::Event(_) | StopReason::Syscall => {}
             }
+        };
+        crate::fault::point("call.done");
+        self.process.set_options(libc::PTRACE_O_EXITKILL | suspend)?;
+        let registers = self.process.registers()?;
+        if registers.rip != return_to.0 + RETURNED {
+            return Err(self.astray(stopped));
         }
-        // The stub enters a "system call" whose number is what the function returned: call number -1 is none.
-        let mut registers = self.process.registers()?;
-        let value = registers.orig_rax;
-        registers.orig_rax = u64::MAX;
-        self.process.set_registers(&registers)?;
-        self.process.run_to_syscall(Duration::from_secs(5))?;
-        Ok(value)
+        Ok(registers.rax)
     }
 
     fn astray(&self, reason: StopReason) -> PuppetError {
@@ -469,6 +475,25 @@ pub fn dead_puppets(target: i32) -> Vec<i32> {
     let is_dead_puppet =
         |child: &i32| ProcessInfo::of(*child).is_ok_and(|info| info.state == 'Z' && info.exit_signal == 0);
     info::children(target).into_iter().filter(is_dead_puppet).collect()
+}
+
+/// Waits until the puppets of dead agents have finished what they were at (see [`Puppet::exchange`], [`Puppet::call`]): a
+/// moment, as a rule.
+pub fn await_orphans(target: i32, limit: Duration) {
+    let deadline = Instant::now() + limit;
+    let shares_memory = |child: i32| {
+        /// `KCMP_VM` of kcmp(2).
+        const MEMORY: i32 = 1;
+        // SAFETY: no pointers are passed.
+        unsafe { libc::syscall(libc::SYS_kcmp, target, child, MEMORY, 0, 0) == 0 }
+    };
+    let works = |&child: &i32| {
+        let alone = |info: ProcessInfo| info.state != 'Z' && info.exit_signal == 0 && info.tracer == 0;
+        ProcessInfo::of(child).is_ok_and(alone) && shares_memory(child)
+    };
+    while info::children(target).iter().any(works) && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// Has a thread of `target` reap its dead child `puppet`.

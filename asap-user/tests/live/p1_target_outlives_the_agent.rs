@@ -200,3 +200,63 @@ fn p1_agents_killed_while_they_adopt_harm_nothing() {
     }
     clean_up(&lab, &target, &before, "after all of them");
 }
+
+#[test]
+fn p1_exceptions_pass_after_agents_died_while_they_told_the_unwinder() {
+    let Some(lab) = with_fault_points("p1_exceptions_pass_after_agents_died_while_they_told_the_unwinder") else {
+        return;
+    };
+    let target = Source::of(&["throwing.cc"]).start(&[]);
+    let passes = "namespace shop { extern int unwound; struct Guard { ~Guard() { ++unwound; } }; \
+        __attribute__((noinline)) int middle(int x); } extern \"C\" int thrower(int); \
+        int shop::middle(int x) { Guard guard; return thrower(x) * 100; }";
+    let fix = lab.compile("g++", "cc", &["-O2", "-fPIC"], passes);
+    let (pid, list) = (target.pid_text(), lab.path("points"));
+    let first = |command: &str| target.ask(command).rsplit_once(' ').expect("two words").0.to_owned();
+    assert_eq!(first("call -4"), "caught negative");
+    let before = Snapshot::of(target.pid());
+    // A second patch stays while the first comes and goes: libgcc's list must hold together.
+    let steps = [
+        &["attach", "--pid", &pid][..],
+        &["patch", "--function", "shop::middle", "--name", "below", &fix],
+        &["patch", "--function", "shop::middle", "--name", "above", &fix],
+        &["revert", "above"],
+        &["patch", "--function", "shop::middle", "--name", "above", &fix],
+        &["detach", "--revert"],
+    ];
+    let walk = || steps.iter().position(|step| lab.asap(step).code != 0);
+    lab.set_environment("ASAP_FAULT_LIST", list.to_str().expect("ASCII"));
+    assert_eq!(walk(), None);
+    assert_eq!(lab.asap(&["stop"]).code, 0);
+    lab.set_environment("ASAP_FAULT_LIST", "");
+    let points = passed(&list);
+    let told = points.iter().filter(|(name, _)| {
+        ["unwind.", "call."].iter().any(|prefix| name.starts_with(prefix)) || *name == "commit.recorded"
+    });
+    let mut walked = 0;
+    for (name, &times) in told {
+        for pass in 1..=times {
+            let fault = format!("{name}:{pass}");
+            walked += 1;
+            lab.set_environment("ASAP_FAULT", &fault);
+            assert!(walk().is_some(), "{fault}: the agent was not killed");
+            lab.set_environment("ASAP_FAULT", "");
+            assert_eq!(first("call -4"), "caught negative", "{fault}: without an agent");
+            // The dead agent's socket may still accept for a moment.
+            wait_until("adopted", || {
+                let answer = lab.asap(&["attach", "--pid", &pid]);
+                answer.code == 0 || !answer.text.contains("connection to the agent broke")
+            });
+            assert!(!lab.status().targets.is_empty(), "{fault}: adopted");
+            assert_eq!(first("call -4"), "caught negative", "{fault}: adopted");
+            // libgcc walks its whole list when it is told to forget a table.
+            lab.patch(&["--function", "shop::middle", "--name", "again", &fix]);
+            assert_eq!((first("call -4").as_str(), first("call 4").as_str()), ("caught negative", "500"), "{fault}");
+            assert_eq!(lab.detach(&["--revert"]).remaining.len(), 0, "{fault}");
+            assert_eq!((first("call -4").as_str(), first("call 4").as_str()), ("caught negative", "10"), "{fault}");
+            Snapshot::of(target.pid()).assert_same(&before, &fault);
+            assert_eq!(lab.asap(&["stop"]).code, 0, "{fault}");
+        }
+    }
+    assert!(walked > 20, "{points:?}");
+}
