@@ -5,6 +5,7 @@
 
 pub mod address;
 pub mod agent;
+pub mod build;
 pub mod cli;
 pub mod dbt;
 pub mod engine;

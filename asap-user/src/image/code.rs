@@ -28,6 +28,23 @@ impl Image {
         found.into_iter().map(ImageOffset).collect()
     }
 
+    /// All symbols that its tables have, in no order.
+    pub fn all_symbols(&self) -> impl Iterator<Item = super::Symbol> {
+        self.symbols().all()
+    }
+
+    /// Slots that the linker fills with the address of a symbol, and its name.
+    #[must_use]
+    pub fn named_slots(&self) -> Vec<(ImageOffset, String)> {
+        self.index().slots.all()
+    }
+
+    /// Slots that the linker fills with an address in this image, and that address.
+    #[must_use]
+    pub fn relative_pointers(&self) -> Vec<(ImageOffset, ImageOffset)> {
+        self.dynamic.relative_pointers(self)
+    }
+
     /// Where exceptions land in the code whose unwind-table entry begins at `start`.
     #[must_use]
     pub fn landing_pads(&self, start: ImageOffset) -> Vec<ImageOffset> {

@@ -45,6 +45,20 @@ impl Dynamic {
         (needed.collect(), self.0.iter().find(|(tag, _)| *tag == elf::DT_SONAME).and_then(text))
     }
 
+    /// Slots into which the linker writes an address within the image, and that address (R_X86_64_RELATIVE).
+    pub(super) fn relative_pointers(&self, image: &Image) -> Vec<(ImageOffset, ImageOffset)> {
+        let (Some(at), Some(size)) = (self.value(elf::DT_RELA), self.value(elf::DT_RELASZ)) else { return Vec::new() };
+        let Some(bytes) = image.file_tail(ImageOffset(at)) else { return Vec::new() };
+        let bytes = &bytes[..bytes.len().min(usize::try_from(size).unwrap_or(usize::MAX))];
+        let (entries, _) = bytes.as_chunks::<24>();
+        let words = entries.iter().map(|entry| {
+            let word = |index: usize| entry[index..index + 8].try_into().map_or(0, u64::from_le_bytes);
+            (word(0), word(8), word(16))
+        });
+        let relative = words.filter(|&(_, info, _)| elf::RelocationType(info as u32) == elf::R_X86_64_RELATIVE);
+        relative.map(|(slot, _, target)| (ImageOffset(slot), ImageOffset(target))).collect()
+    }
+
     /// Addresses within the image that the linker writes into slots which no symbol names.
     pub(super) fn relocated_pointers(&self, image: &Image) -> RelocatedPointers {
         let mut found = Vec::new();
@@ -153,6 +167,12 @@ impl Slots {
         }
         sorted.sort_unstable();
         Self { strings: Some(strings), sorted }
+    }
+
+    /// All slots with the names of their symbols.
+    pub(super) fn all(&self) -> Vec<(ImageOffset, String)> {
+        let Some(strings) = &self.strings else { return Vec::new() };
+        self.sorted.iter().filter_map(|&(_, name, slot)| Some((slot, strings.text(name)?))).collect()
     }
 
     /// The slots of one symbol, by address.

@@ -253,6 +253,11 @@ impl SymbolTable {
         self.code.iter().map(|&index| self.name(index))
     }
 
+    /// All symbols, in no order.
+    pub(super) fn all(&self) -> impl Iterator<Item = Symbol> {
+        (0..self.all.len() as u32).map(|index| self.symbol(index))
+    }
+
     /// All code symbols, by address.
     pub(super) fn code(&self) -> impl Iterator<Item = Symbol> {
         self.code.iter().map(|&index| self.symbol(index))

@@ -2,6 +2,7 @@
 
 use crate::support::{Fixture, Lab, Snapshot, Source};
 use asap::{
+    build::twin,
     image::{Image, SymbolKind},
     patch::manifest::{self, Build, Class, Manifest, Origin, Place, PlaceKind, Replaced, sha256_hex},
     report::{FailureKind, TargetState},
@@ -125,6 +126,40 @@ fn a_stripped_program_is_patched_by_names_that_the_manifest_knows() {
     assert_eq!(target.number("call 99"), 70);
     assert_eq!(lab.detach(&[]).clean, Some(true));
     Snapshot::of(target.pid()).assert_same(&before, "detached");
+}
+
+#[test]
+fn a_stripped_program_is_patched_by_names_that_only_its_twin_knows() {
+    let Some(lab) = Lab::new("a_stripped_program_is_patched_by_names_that_only_its_twin_knows") else { return };
+    let program = strip(&lab, &names());
+    // The same source, linked in another order: all addresses differ.
+    let twin = std::fs::read(Source::of(&["names_b.c", "names_a.c"]).build()).expect("readable");
+    let twin = Image::parse("twin", twin.into()).expect("an executable");
+    let stripped = Image::parse("stripped", std::fs::read(&program.path).expect("readable").into()).expect("one, too");
+    let located = twin::locate(&twin, &stripped).expect("comparable");
+    assert!(!located.identical);
+    let place =
+        |name: &str, file| located.place(&stripped, name, file).unwrap_or_else(|| panic!("{name}: {located:#?}"));
+    assert_eq!(place("victim", None).address, program.place("victim", None).address);
+    let mut manifest = program.manifest("twin", &[("victim", None)]);
+    manifest.builds[0].symbols = vec![
+        place("victim", None),
+        place("helper", Some("names_a.c")),
+        place("only_here", None),
+        place("limit", Some("names_a.c")),
+    ];
+    let object = lab.object(
+        "#include <asap-patch.h>
+         extern volatile int limit; int helper(int), only_here(int);
+         int victim(int x) { limit = 70; return helper(x) * 1000 + only_here(x); }",
+    );
+    let target = program.start();
+    lab.attach(target.pid());
+    lab.patch(&[&patch_file(&lab, &object, &manifest)]);
+    assert_eq!((target.number("call 3"), target.number("call 99")), (4024, 70_000 + 99 * 8));
+    assert_eq!(target.numbers("state")[0], 70);
+    lab.detach(&["--revert"]);
+    assert_eq!(target.number("call 99"), 70);
 }
 
 #[test]
