@@ -4,11 +4,29 @@
 //! `ASAP_FAULT=name` or `name:N` kills the agent with SIGKILL when it passes `name` the first (or N-th) time.
 //! `ASAP_FAULT_STOP=1` stops it there (SIGSTOP) instead, as a hung agent would.
 //! `ASAP_FAULT_LIST=path` appends the name of every point passed to that file.
+//! `ASAP_FAULT_PATIENCE=ms` shortens the watchdog's limits, so that tests of hangs take no longer than they must.
+
+use std::time::Duration;
 
 /// A place where the agent may be made to die.
 #[cfg(not(feature = "fault-points"))]
 #[inline]
 pub fn point(_name: &'static str) {}
+
+/// The limit of a critical section.
+#[cfg(not(feature = "fault-points"))]
+#[must_use]
+pub const fn patience(limit: Duration) -> Duration {
+    limit
+}
+
+/// The limit of a critical section, or a shorter one that a test wants.
+#[cfg(feature = "fault-points")]
+#[must_use]
+pub fn patience(limit: Duration) -> Duration {
+    let wanted = std::env::var("ASAP_FAULT_PATIENCE").ok().and_then(|text| text.parse().ok());
+    wanted.map_or(limit, |wanted| limit.min(Duration::from_millis(wanted)))
+}
 
 /// A place where the agent may be made to die.
 #[cfg(feature = "fault-points")]
@@ -40,7 +58,8 @@ pub fn point(name: &'static str) {
         && PASSED.fetch_add(1, Ordering::Relaxed) + 1 == *count
     {
         let signal = if std::env::var_os("ASAP_FAULT_STOP").is_some() { libc::SIGSTOP } else { libc::SIGKILL };
+        // To this thread: sent to the process, another thread may take it, and this one goes on for a while.
         // SAFETY: no memory is involved; the process ends or stops here.
-        unsafe { libc::kill(libc::getpid(), signal) };
+        unsafe { libc::raise(signal) };
     }
 }

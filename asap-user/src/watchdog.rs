@@ -1,5 +1,6 @@
-//! Ends the agent when a critical section takes too long, so that promise P1 frees the targets: a gate stays closed no longer
-//! than its guard allows, even if the agent hangs or is stopped. The agent starts the watchdog, the engine opens the sections.
+//! Ends the agent when a critical section takes too long, so that promise P1 frees the targets: a gate stays closed, and a
+//! thread stays stopped, no longer than the section allows, even if the agent hangs or is stopped. The agent starts the
+//! watchdog; what holds up threads of a target opens the sections.
 //!
 //! The watchdog is a process, a child of the agent, because a thread would be stopped together with the agent. The two share
 //! one page; the agent writes deadlines there, the watchdog sleeps on a futex in it until the nearest one. At rest neither
@@ -60,7 +61,7 @@ static CURRENT: Mutex<Weak<Kennel>> = Mutex::new(Weak::new());
 /// Opens a critical section under the watchdog that was started last; none: there is no watchdog (in tests of the engine).
 pub fn section(name: &str, limit: Duration) -> Option<Guard> {
     let current = CURRENT.lock().unwrap_or_else(PoisonError::into_inner).upgrade()?;
-    Some(Watchdog(current).guard(name, limit))
+    Some(Watchdog(current).guard(name, crate::fault::patience(limit)))
 }
 
 #[derive(Debug)]

@@ -20,6 +20,7 @@ use crate::{
         unwind::{Unwinder, WalkRegisters},
     },
     report::{BusyThread, Failure},
+    watchdog,
 };
 use std::{
     collections::HashMap,
@@ -90,6 +91,9 @@ impl SnapshotSource for Snapshots<'_> {
 /// Most looks with open gates, and how short one must be for the last.
 const LOOKS: usize = 8;
 const SHORT_LOOK: Duration = Duration::from_micros(400);
+
+/// How long one look may take before the agent is taken for hung: thousands of threads on a slow machine take seconds.
+const CHECK_LIMIT: Duration = Duration::from_secs(60);
 
 /// Who is inside.
 #[derive(Debug, Default)]
@@ -178,6 +182,8 @@ impl<'o> Checker<'o> {
         let known = std::mem::take(&mut self.seen);
         let looked_at: HashMap<i32, How> = known.iter().map(|(&tid, old)| (tid, old.how)).collect();
         let mut snapshots = self.observers.ebpf().ok().map(Snapshots);
+        let _watched = watchdog::section("a look at all threads", CHECK_LIMIT);
+        crate::fault::point("check.begin");
         let mut observer =
             Observer::new(process.pid, &process.memory, &mut self.unwinder, &self.regions, &mut self.open);
         if let Some(snapshots) = &mut snapshots {

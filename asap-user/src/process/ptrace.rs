@@ -2,9 +2,12 @@
 //! used: it sends no signal, and a tracer's death lets the thread run on (P1).
 //!
 //! ptrace belongs to the thread that seized; the types here can't be sent to another.
+//!
+//! As long as any thread is held the watchdog is on guard: an agent that hangs then is ended, and the threads run on (P1).
 
-use super::info;
+use super::{held::Held, info};
 use std::{
+    cell::RefCell,
     io,
     marker::PhantomData,
     time::{Duration, Instant},
@@ -64,6 +67,7 @@ pub struct Stopped {
     reason: StopReason,
     /// Dropping does not let go.
     kept: bool,
+    _held: Option<Held>,
     _this_thread: PhantomData<*const ()>,
 }
 
@@ -90,29 +94,33 @@ fn request(
     Ok(result)
 }
 
+/// What stopped `tid`; none: it has not stopped.
+fn wait_once(tid: i32) -> Result<Option<StopReason>, TraceError> {
+    let mut status = 0;
+    // SAFETY: `status` is a live local.
+    let waited = unsafe { libc::waitpid(tid, &raw mut status, libc::__WALL | libc::WNOHANG) };
+    if waited == 0 {
+        return Ok(None);
+    }
+    if waited != tid || !libc::WIFSTOPPED(status) {
+        return Err(TraceError::Gone(tid));
+    }
+    let signal = libc::WSTOPSIG(status);
+    Ok(Some(match (status >> 16, signal) {
+        (libc::PTRACE_EVENT_STOP, libc::SIGTRAP) => StopReason::Interrupt,
+        (libc::PTRACE_EVENT_STOP, _) => StopReason::Group,
+        (0, signal) if signal == libc::SIGTRAP | 0x80 => StopReason::Syscall,
+        (0, signal) => StopReason::Signal(signal),
+        (event, _) => StopReason::Event(event),
+    }))
+}
+
 /// Waits for the next stop of `tid`; at most until `deadline`.
 fn wait(tid: i32, deadline: Instant) -> Result<StopReason, TraceError> {
     let begin = Instant::now();
     loop {
-        let mut status = 0;
-        // SAFETY: `status` is a live local.
-        let waited = unsafe { libc::waitpid(tid, &raw mut status, libc::__WALL | libc::WNOHANG) };
-        if waited == tid {
-            if !libc::WIFSTOPPED(status) {
-                return Err(TraceError::Gone(tid));
-            }
-            let signal = libc::WSTOPSIG(status);
-            let event = status >> 16;
-            return Ok(match (event, signal) {
-                (libc::PTRACE_EVENT_STOP, libc::SIGTRAP) => StopReason::Interrupt,
-                (libc::PTRACE_EVENT_STOP, _) => StopReason::Group,
-                (0, signal) if signal == libc::SIGTRAP | 0x80 => StopReason::Syscall,
-                (0, signal) => StopReason::Signal(signal),
-                (event, _) => StopReason::Event(event),
-            });
-        }
-        if waited == -1 {
-            return Err(TraceError::Gone(tid));
+        if let Some(reason) = wait_once(tid)? {
+            return Ok(reason);
         }
         let now = Instant::now();
         if now > deadline {
@@ -127,10 +135,33 @@ fn wait(tid: i32, deadline: Instant) -> Result<StopReason, TraceError> {
     }
 }
 
+thread_local! {
+    /// Threads that were told to stop and did not in time. They will, and nobody waits for them any more.
+    static LATECOMERS: RefCell<Vec<i32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Lets threads go that did not stop when they were told to (uninterruptible sleep, vfork(2)) and have done so since; gives
+/// how many are still to come. ptrace(2) can't let go of a thread that runs, so whoever stops threads has to call this
+/// from time to time until there are none.
+pub fn release_latecomers() -> usize {
+    LATECOMERS.with_borrow_mut(|tids| {
+        tids.retain(|&tid| match wait_once(tid) {
+            Ok(Some(reason)) => {
+                drop(Stopped::held(tid, reason, Held::begin()));
+                false
+            }
+            Ok(None) => true,
+            Err(_) => false,
+        });
+        tids.len()
+    })
+}
+
 /// A thread that has been seized and told to stop, and may not have stopped yet.
 #[derive(Debug)]
 pub struct Stopping {
     tid: i32,
+    held: Option<Held>,
     _this_thread: PhantomData<*const ()>,
 }
 
@@ -140,6 +171,8 @@ impl Stopping {
     /// # Errors
     /// It is gone, or somebody else traces it.
     pub fn begin(tid: i32) -> Result<Self, TraceError> {
+        release_latecomers();
+        let held = Held::begin();
         request(tid, "PTRACE_SEIZE", libc::PTRACE_SEIZE, 0, libc::PTRACE_O_TRACESYSGOOD as usize).map_err(|error| {
             match info::ProcessInfo::of(tid) {
                 Ok(info) if info.tracer != 0 => TraceError::TracedByOther { tid, tracer: info.tracer },
@@ -149,16 +182,31 @@ impl Stopping {
             }
         })?;
         request(tid, "PTRACE_INTERRUPT", libc::PTRACE_INTERRUPT, 0, 0)?;
-        Ok(Self { tid, _this_thread: PhantomData })
+        crate::fault::point("stop.interrupted");
+        Ok(Self { tid, held: Some(held), _this_thread: PhantomData })
     }
 
     /// Waits until it has stopped.
     ///
     /// # Errors
-    /// It ended, or sleeps uninterruptibly for longer than [`STOP_LIMIT`].
-    pub fn stopped(self) -> Result<Stopped, TraceError> {
-        let reason = wait(self.tid, Instant::now() + STOP_LIMIT)?;
-        Ok(Stopped { tid: self.tid, reason, kept: false, _this_thread: PhantomData })
+    /// It ended, or sleeps uninterruptibly for longer than [`STOP_LIMIT`]: then see [`release_latecomers`].
+    pub fn stopped(mut self) -> Result<Stopped, TraceError> {
+        let reason = wait(self.tid, Instant::now() + STOP_LIMIT);
+        if !matches!(reason, Err(TraceError::DoesNotStop(_)))
+            && let Some(held) = self.held.take()
+        {
+            return Ok(Stopped::held(self.tid, reason?, held));
+        }
+        Err(TraceError::DoesNotStop(self.tid))
+    }
+}
+
+impl Drop for Stopping {
+    fn drop(&mut self) {
+        // It will come to its stop when nobody looks any more, and has to be let go then.
+        if self.held.is_some() {
+            LATECOMERS.with_borrow_mut(|tids| tids.push(self.tid));
+        }
     }
 }
 
@@ -203,8 +251,13 @@ impl Stopped {
     /// # Errors
     /// It ended.
     pub fn auto_attached(tid: i32) -> Result<Self, TraceError> {
+        let held = Held::begin();
         let reason = wait(tid, Instant::now() + STOP_LIMIT)?;
-        Ok(Self { tid, reason, kept: false, _this_thread: PhantomData })
+        Ok(Self::held(tid, reason, held))
+    }
+
+    fn held(tid: i32, reason: StopReason, held: Held) -> Self {
+        Self { tid, reason, kept: false, _held: Some(held), _this_thread: PhantomData }
     }
 
     /// Thread id.
@@ -374,6 +427,8 @@ impl Stopped {
     /// Keeps the thread stopped when this value goes away: it stays so until the agent ends.
     pub(super) fn keep(&mut self) {
         self.kept = true;
+        // The helper's stop holds nobody up.
+        self._held = None;
     }
 }
 

@@ -11,7 +11,7 @@ use super::{
     ptrace::{Registers, StopReason, Stopped, TraceError},
     sigframe,
 };
-use crate::address::TargetAddr;
+use crate::{address::TargetAddr, watchdog};
 use std::{
     fs, io,
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
@@ -90,6 +90,8 @@ const EXCHANGE_CODE: [u8; 52] = [
     0xba, 0x00, 0x10, 0x00, 0x00, 0x41, 0xba, 0x03, 0x00, 0x00, 0x00, 0xb8, 0x19, 0x00, 0x00, 0x00, 0x0f, 0x05, 0x48,
     0x3d, 0x01, 0xf0, 0xff, 0xff, 0x73, 0x06, 0x49, 0x83, 0xc4, 0x10, 0xeb, 0xcd, 0xcc,
 ];
+/// Time beyond its limit that a call has before the agent is taken for hung.
+const CALL_MARGIN: Duration = Duration::from_secs(10);
 /// The frame that ends a puppet that nobody takes in hand lies below this offset of the home.
 const EXIT_FRAME_TOP: i64 = 4096;
 
@@ -395,6 +397,8 @@ impl Puppet {
         let (place, value) = mark.unwrap_or((stack, 0));
         (registers.rbx, registers.r12) = (place.0, value);
         registers.fs_base = fs_base;
+        // What it calls may take locks of the target.
+        let _watched = watchdog::section("a call in the target", limit + CALL_MARGIN);
         self.process.set_registers(&registers)?;
         let suspend = if self.confined { libc::PTRACE_O_SUSPEND_SECCOMP } else { 0 };
         // From here it runs to the int3 behind its end, whatever becomes of us. Untraced, the int3 ends it.
