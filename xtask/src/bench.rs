@@ -228,7 +228,8 @@ pub fn resident(pid: i32) -> Result<u64> {
 
 fn large(asap: &Path, folder: &Path, rounds: usize) -> Result<(String, Value)> {
     const FUNCTIONS: usize = 300_000;
-    let mut source = String::from(".text\n.globl main\nmain:\n1: mov $34, %eax\nsyscall\njmp 1b\n");
+    let mut source =
+        String::from(".text\n.globl main\nmain:\n.cfi_startproc\n1: mov $34, %eax\nsyscall\njmp 1b\n.cfi_endproc\n");
     for n in 0..FUNCTIONS {
         let _ = write!(
             source,
