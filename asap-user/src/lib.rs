@@ -6,6 +6,7 @@
 pub mod address;
 pub mod agent;
 pub mod build;
+pub mod cancel;
 pub mod cli;
 pub mod dbt;
 pub mod engine;

@@ -318,6 +318,8 @@ pub enum FailureKind {
     Failed,
     /// No quiescent moment within the time limit (exit code 4).
     Timeout,
+    /// Given up because whoever asked for it no longer wanted it (exit code 1).
+    Cancelled,
     /// Done in some processes only (exit code 3).
     Partial,
 }
@@ -328,7 +330,7 @@ impl FailureKind {
     pub const fn exit_code(self) -> u8 {
         match self {
             Self::Usage => 2,
-            Self::Refused | Self::Failed => 1,
+            Self::Refused | Self::Failed | Self::Cancelled => 1,
             Self::Partial => 3,
             Self::Timeout => 4,
         }
@@ -376,6 +378,15 @@ impl Failure {
             state: TargetState::Untouched,
             way_out: way_out.into(),
             busy: Vec::new(),
+        }
+    }
+
+    /// It was given up while it waited; nothing was changed.
+    #[must_use]
+    pub fn cancelled(reason: &str) -> Self {
+        Self {
+            kind: FailureKind::Cancelled,
+            ..Self::refused(format!("the request was cancelled: {reason}"), "ask again when you want it done")
         }
     }
 

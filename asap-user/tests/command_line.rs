@@ -322,7 +322,7 @@ fn completions_and_man_pages_are_made_for_every_command() {
 }
 
 #[test]
-fn an_interrupted_client_says_that_the_agent_goes_on() {
+fn an_interrupted_client_cancels_its_request_and_a_second_interrupt_ends_it_at_once() {
     if !is_root() {
         return;
     }
@@ -342,16 +342,22 @@ fn an_interrupted_client_says_that_the_agent_goes_on() {
     };
     // SAFETY: the closure makes one system call and allocates nothing.
     unsafe { std::os::unix::process::CommandExt::pre_exec(&mut client, hear_interrupts) };
-    let client = client.stderr(Stdio::piped()).spawn().expect("asap runs");
+    let mut client = client.stderr(Stdio::piped()).spawn().expect("asap runs");
     let (mut stream, _) = listener.accept().expect("it connects");
     let mut first = [0];
     stream.read_exact(&mut first).expect("it asks");
-    let pid = nix::unistd::Pid::from_raw(client.id().try_into().expect("a pid"));
     thread::sleep(Duration::from_millis(100));
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).expect("it runs");
+    let pid = nix::unistd::Pid::from_raw(client.id().try_into().expect("a pid"));
+    let interrupt = || nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).expect("it runs");
+    interrupt();
+    let mut request = String::new();
+    stream.read_to_string(&mut request).expect("it asks for nothing more");
+    assert!(request.ends_with('\n'), "{request}");
+    assert!(client.try_wait().expect("a child").is_none(), "it waits for the agent's word");
+    interrupt();
     let output = client.wait_with_output().expect("it ends");
     assert_eq!(output.status.signal(), Some(2), "{output:?}");
-    assert!(String::from_utf8_lossy(&output.stderr).contains("the agent goes on"), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("gives the request up"), "{output:?}");
     drop((stream, listener));
     fs::remove_file(place.socket()).expect("removed");
 }

@@ -6,8 +6,9 @@ use super::{
     audit::{AuditLog, Client, Record},
     watchdog::Watchdog,
 };
-use crate::report::{
-    Failure, FailureKind, Operations, Progress, Reply, Request, StatusReport, StatusRequest, TargetState,
+use crate::{
+    cancel::{self, Cancel},
+    report::{Failure, FailureKind, Operations, Progress, Reply, Request, StatusReport, StatusRequest, TargetState},
 };
 use nix::sys::signal::{SigSet, Signal};
 use std::{
@@ -36,6 +37,8 @@ pub(super) struct Job {
     pub progress: async_mpsc::Sender<Progress>,
     /// The answer.
     pub reply: oneshot::Sender<Reply>,
+    /// Tells that nobody waits for the answer any more.
+    pub cancel: Cancel,
 }
 
 /// What the rest of the agent sees of the engine thread.
@@ -54,6 +57,8 @@ enum Message {
 #[derive(Default)]
 struct Shared {
     busy_with: Mutex<Option<String>>,
+    /// Ends what the engine is at.
+    cancel: Mutex<Option<Cancel>>,
     /// The last census.
     status: Mutex<Option<StatusReport>>,
     ending: AtomicBool,
@@ -73,9 +78,12 @@ impl EngineQueue {
         let _ = self.messages.send(Message::Job(Box::new(job)));
     }
 
-    /// Has the engine end after the job that it is at; queued ones are dropped.
+    /// Has the engine end after the job that it is at, which is cancelled if it still can be; queued ones are dropped.
     pub fn end(&self) {
         self.shared.ending.store(true, Ordering::Relaxed);
+        if let Some(cancel) = &*lock(&self.shared.cancel) {
+            cancel.ask("the agent was told to end");
+        }
         let _ = self.messages.send(Message::End);
     }
 
@@ -184,7 +192,7 @@ impl Worker {
     }
 
     fn do_job(&mut self, job: Job) -> Result<(), String> {
-        let Job { request, client, progress, reply } = job;
+        let Job { request, client, progress, reply, cancel } = job;
         let intent = self.audit.intent(client, &request);
         if let Some(Err(error)) = intent.as_ref().map(|intent| self.audit.append(intent)) {
             // What can't be accounted for is not done.
@@ -199,7 +207,13 @@ impl Worker {
         self.note(Some(what));
         let started = Instant::now();
         let mut tell = |step| drop(progress.try_send(step));
-        let outcome = catch_unwind(AssertUnwindSafe(|| perform(&mut *self.operations, &request, &mut tell)));
+        *lock(&self.shared.cancel) = Some(cancel.clone());
+        let outcome = catch_unwind(AssertUnwindSafe(|| match cancel.reason() {
+            // While it waited for its turn.
+            Some(reason) => Reply::Failed(Failure::cancelled(reason)),
+            None => cancel::during(&cancel, || perform(&mut *self.operations, &request, &mut tell)),
+        }));
+        *lock(&self.shared.cancel) = None;
         let (answer, end) = match outcome {
             Ok(answer) => (answer, Ok(())),
             Err(panic) => {

@@ -6,22 +6,27 @@ use super::{
     engine_thread::{EngineQueue, Job},
     protocol::{LARGE_LINE, LINE_PATIENCE, Line, MAX_LINE, MAX_OBJECTS, read_line},
 };
-use crate::report::{Failure, FailureKind, Progress, Reply, Request};
+use crate::{
+    cancel::Cancel,
+    report::{Failure, FailureKind, Progress, Reply, Request},
+};
 use std::{io, sync::Arc, time::Duration};
 use tokio::{
-    io::{AsyncWriteExt, BufReader},
+    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
     net::{
         UnixStream,
         unix::{OwnedReadHalf, OwnedWriteHalf},
     },
     sync::{Notify, Semaphore, mpsc, oneshot, watch},
-    time::timeout,
+    time::{sleep, timeout},
 };
 
 /// How long a client may take to read a reply.
 const WRITE_PATIENCE: Duration = Duration::from_secs(20);
 /// Steps that wait for a client to read them; more are dropped.
 const STEPS: usize = 16;
+/// How long who asks for the status waits for the engine before the last one is told.
+const TURN: Duration = Duration::from_millis(250);
 /// Most functions in one request.
 const MAX_FUNCTIONS: usize = 4096;
 /// Longest name of anything; C++ names are long.
@@ -99,11 +104,14 @@ impl Session {
         }
     }
 
-    /// Has the engine do it, and tells the client about it as it goes on.
+    /// Has the engine do it, and tells the client about it as it goes on. A client that closes its half of the connection
+    /// meanwhile, or all of it, has no use for the outcome any more: the request is cancelled, if it still can be.
     async fn pass_on(&mut self, request: Request) -> io::Result<()> {
-        if let Request::Status(wanted) | Request::List(wanted) = &request
-            && let Some(report) = self.hall.engine.status_while_busy(wanted)
-        {
+        let wanted = match &request {
+            Request::Status(wanted) | Request::List(wanted) => Some(wanted.clone()),
+            _ => None,
+        };
+        if let Some(report) = wanted.as_ref().and_then(|wanted| self.hall.engine.status_while_busy(wanted)) {
             return self.write(&Reply::Status(report)).await;
         }
         let step = match self.hall.engine.busy_with() {
@@ -114,12 +122,27 @@ impl Session {
         self.write(&Reply::Progress(Progress { step, fraction: None })).await?;
         let (progress, mut steps) = mpsc::channel(STEPS);
         let (reply, mut answer) = oneshot::channel();
-        self.hall.engine.send(Job { request, client: self.client, progress, reply });
+        let cancel = Unwanted(Cancel::default());
+        self.hall.engine.send(Job { request, client: self.client, progress, reply, cancel: cancel.0.clone() });
+        let mut listens = true;
         loop {
             tokio::select! {
                 biased;
                 answer = &mut answer => return self.write(&answer.unwrap_or_else(|_| Reply::Failed(ending()))).await,
                 Some(step) = steps.recv() => self.write(&Reply::Progress(step)).await?,
+                // Another request was faster, and may take long.
+                () = sleep(TURN), if wanted.is_some() => {
+                    if let Some(report) = wanted.as_ref().and_then(|wanted| self.hall.engine.status_while_busy(wanted)) {
+                        return self.write(&Reply::Status(report)).await;
+                    }
+                }
+                more = self.reader.fill_buf(), if listens => {
+                    // The next request may be there already: then its end can't be seen before that has been read.
+                    listens = false;
+                    if !more.is_ok_and(|bytes| !bytes.is_empty()) {
+                        cancel.say();
+                    }
+                }
             }
         }
     }
@@ -144,6 +167,21 @@ impl Session {
         let mut line = serde_json::to_vec(reply)?;
         line.push(b'\n');
         timeout(WRITE_PATIENCE, self.writer.write_all(&line)).await.map_err(|_| io::ErrorKind::TimedOut)?
+    }
+}
+
+/// Cancels the request when its session ends before the answer is there.
+struct Unwanted(Cancel);
+
+impl Unwanted {
+    fn say(&self) {
+        self.0.ask("its client was interrupted or went away");
+    }
+}
+
+impl Drop for Unwanted {
+    fn drop(&mut self) {
+        self.say();
     }
 }
 

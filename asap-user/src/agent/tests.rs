@@ -313,6 +313,32 @@ fn every_changing_request_is_logged_before_and_after() {
 }
 
 #[test]
+fn a_client_that_leaves_before_its_turn_is_not_served() {
+    let agent = start(None);
+    let mut first = agent.connect();
+    send(&mut first, &patch("slow", 1));
+    let mut line = String::new();
+    while !line.contains("step ") {
+        line.clear();
+        first.read_line(&mut line).expect("steps");
+    }
+    let mut second = agent.connect();
+    send(&mut second, &attach(5));
+    let mut line = String::new();
+    second.read_line(&mut line).expect("a sign of life");
+    assert!(line.contains("waiting for another request"), "{line}");
+    second.get_mut().shutdown(std::net::Shutdown::Write).expect("closed");
+    let Some(Reply::Failed(failure)) = answer(&mut second) else { panic!("attached") };
+    assert_eq!(failure.kind, FailureKind::Cancelled);
+    assert!(matches!(answer(&mut first), Some(Reply::Patched(_))), "the others are served");
+    let Reply::Status(report) = agent.ask(&status()) else { panic!("no status") };
+    assert!(report.targets.is_empty());
+    let (records, _) = audit::last_records(&agent.options.log, 100).expect("readable");
+    assert_eq!(records.last().and_then(|record| record.result.as_deref()), Some("cancelled"));
+    agent.stop();
+}
+
+#[test]
 fn what_cannot_be_logged_is_not_done() {
     let agent = start(None);
     let log = agent.options.log.clone();

@@ -70,9 +70,9 @@ impl Client {
     pub fn ask(&mut self, request: &Request) -> Result<Reply, Failure> {
         let mut line = serde_json::to_vec(request).map_err(|error| broken(&error.into()))?;
         line.push(b'\n');
-        if !matches!(request, Request::Status(_) | Request::List(_)) {
-            interrupt::explain();
-        }
+        let connection = self.stream.get_ref().try_clone().map_err(|error| broken(&error))?;
+        let looks = matches!(request, Request::Status(_) | Request::List(_));
+        let _armed = (!looks).then(|| interrupt::cancels(connection.as_fd()));
         let progress = Progress::start();
         // An agent that refuses a request while it is being sent has said why; so read on.
         let sent = self.stream.get_mut().write_all(&line);

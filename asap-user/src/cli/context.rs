@@ -83,6 +83,7 @@ fn failure_text(failure: &Failure) -> String {
         FailureKind::Refused => "refused",
         FailureKind::Failed => "failed",
         FailureKind::Timeout => "timed out",
+        FailureKind::Cancelled => "cancelled",
         FailureKind::Partial => "partly done",
     };
     let state = match failure.state {

@@ -35,7 +35,7 @@ use std::process::ExitCode;
 const EXIT_CODES: &str = "\
 Exit codes:
   0  done
-  1  refused or failed; the target is untouched or as before
+  1  refused, failed or cancelled; the target is untouched or as before
   2  the command line or the request makes no sense
   3  partly done: in some processes, not in others
   4  timed out: no moment at which the functions were unused

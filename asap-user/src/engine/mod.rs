@@ -20,10 +20,11 @@ mod transaction;
 mod undo;
 
 use crate::{
+    cancel,
     patch::{PatchObject, manifest::Manifest},
     report::{
-        AttachReport, AttachRequest, DetachReport, DetachRequest, Failure, Mechanism, Operations, PatchId, PatchReport,
-        PatchRequest, Progress, RevertRequest, StatusReport, StatusRequest,
+        AttachReport, AttachRequest, DetachReport, DetachRequest, Failure, InstalledPatch, Mechanism, Operations,
+        PatchId, PatchReport, PatchRequest, Progress, RevertRequest, StatusReport, StatusRequest, TargetState,
     },
 };
 use modules::ImageCache;
@@ -139,6 +140,8 @@ impl Engine {
                 }
             }
         }
+        // The patch is in; what is left is clearing up.
+        let _to_the_end = cancel::hold_off();
         for (pid, _) in undos {
             if let Some(target) = self.targets.get_mut(&pid) {
                 settle::clear_away(target, images, request.consistency);
@@ -210,6 +213,7 @@ impl Operations for Engine {
         }
         progress(Progress { step: format!("attaching to {pid}"), fraction: None });
         let mut target = Target::attach(pid, request.only)?;
+        let _to_the_end = cancel::hold_off();
         settle::after_adoption(&mut target, &mut self.images, &mut self.observers);
         if let Some(process) = target.processes.get(&pid) {
             let modules = self.images.modules(pid, &process.maps()?, &process.memory, |at| process.is_ours(at));
@@ -255,7 +259,8 @@ impl Operations for Engine {
                     timeout_ms: request.timeout_ms,
                     consistency: crate::report::Consistency::Quiescent,
                 };
-                let report = revert::revert(target, &mut self.images, &mut self.observers, &revert, progress)?;
+                let report = revert::revert(target, &mut self.images, &mut self.observers, &revert, progress)
+                    .map_err(|failure| with_those_out(failure, &reverted))?;
                 reverted.push(report.patch);
             }
         }
@@ -297,6 +302,16 @@ impl Operations for Engine {
             alive
         });
     }
+}
+
+/// The failure of one revert of several, of which others are done.
+fn with_those_out(failure: Failure, reverted: &[InstalledPatch]) -> Failure {
+    if reverted.is_empty() {
+        return failure;
+    }
+    let names: Vec<_> = reverted.iter().map(|patch| format!("{} ({})", patch.id.0, patch.name)).collect();
+    let message = format!("{}; taken out already: {}", failure.message, names.join(", "));
+    Failure { message, state: TargetState::PartlyDone, ..failure }
 }
 
 /// Time limit of a request as an instant.

@@ -14,6 +14,7 @@ use super::{
     target::Target,
     transaction::{self, AtQuiescence, Terms},
 };
+use crate::cancel;
 use crate::quiesce::observe::Region;
 use crate::report::{
     Consistency, Failure, InstalledPatch, PatchId, PatchReport, ProcessPatchReport, Progress, RevertRequest,
@@ -56,6 +57,8 @@ pub fn revert(
         for (index, pid) in pids.into_iter().enumerate() {
             let Some(process) = target.processes.get_mut(&pid) else { continue };
             progress(Progress { step: format!("process {pid}"), fraction: Some(index as f64 / count as f64) });
+            // Once one process is rid of it the others follow: there is no way back to all of them.
+            let _to_the_end = (!reports.is_empty()).then(cancel::hold_off);
             match from_process(process, images, observers, patch.id, terms) {
                 Ok(report) => reports.push(report),
                 Err(failure) if !process.is_alive() => {

@@ -8,6 +8,7 @@ use super::{
     process::{TargetProcess, gone},
 };
 use crate::address::TargetAddr;
+use crate::cancel;
 use crate::process::ptrace::Stopped;
 use crate::report::{BusyThread, Consistency, Failure, FailureKind, ProcessPatchReport, TargetState};
 use std::time::{Duration, Instant};
@@ -133,6 +134,10 @@ fn attempt_until_quiet(
         report.attempts += 1;
         if !process.is_alive() {
             return Err(gone(process.pid, "it has exited or runs another program now"));
+        }
+        // Everything is in its place while it waits.
+        if let Some(reason) = cancel::reason() {
+            return Err(Failure::cancelled(reason));
         }
         // With the gates open: most threads don't run, and what is found of them holds until they do.
         let verdict = checker.look(process)?;

@@ -1,7 +1,10 @@
 //! The processes of a target that got a patch, so that it can be taken out again while others may still refuse.
 
 use super::{check::Observers, modules::ImageCache, revert, settle, target::Target, transaction::Terms};
-use crate::report::{Consistency, Failure, PatchId, TargetState};
+use crate::{
+    cancel,
+    report::{Consistency, Failure, PatchId, TargetState},
+};
 use std::time::{Duration, Instant};
 
 /// Time for taking a patch out again where a later process refused it.
@@ -34,6 +37,7 @@ impl Undo {
         observers: &mut Observers,
         failure: Failure,
     ) -> Failure {
+        let _to_the_end = cancel::hold_off();
         let terms = Terms {
             deadline: Instant::now() + ROLL_BACK_LIMIT,
             limit: ROLL_BACK_LIMIT,
