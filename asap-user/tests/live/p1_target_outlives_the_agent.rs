@@ -321,12 +321,7 @@ fn p1_exceptions_pass_after_agents_died_while_they_told_the_unwinder() {
             assert!(walk().is_some(), "{fault}: the agent was not killed");
             lab.set_environment("ASAP_FAULT", "");
             assert_eq!(first("call -4"), "caught negative", "{fault}: without an agent");
-            // The dead agent's socket may still accept for a moment.
-            wait_until("adopted", || {
-                let answer = lab.asap(&["attach", "--pid", &pid]);
-                answer.code == 0 || !answer.text.contains("connection to the agent broke")
-            });
-            assert!(!lab.status().targets.is_empty(), "{fault}: adopted");
+            lab.attach_after_a_death(target.pid());
             assert_eq!(first("call -4"), "caught negative", "{fault}: adopted");
             // libgcc walks its whole list when it is told to forget a table.
             lab.patch(&["--function", "shop::middle", "--name", "again", &fix]);

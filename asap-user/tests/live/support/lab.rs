@@ -125,6 +125,22 @@ impl Lab {
         self.attach_with(pid, &[])
     }
 
+    /// Attaches after an agent died at a moment of its own: its socket may still accept connections until its last thread has
+    /// ended, and then breaks them.
+    pub fn attach_after_a_death(&self, pid: i32) -> AttachReport {
+        let started = std::time::Instant::now();
+        loop {
+            let answer = self.asap(&["attach", "--pid", &pid.to_string()]);
+            if answer.text.contains("connection to the agent broke") && started.elapsed() < super::PATIENCE {
+                std::thread::sleep(std::time::Duration::from_millis(5));
+                continue;
+            }
+            let Reply::Attached(report) = answer.reply() else { panic!("{answer:?}") };
+            self.agent();
+            return report;
+        }
+    }
+
     /// Attaches with more options.
     pub fn attach_with(&self, pid: i32, options: &[&str]) -> AttachReport {
         let answer = self.asap(&[&["attach", "--pid", &pid.to_string()], options].concat());
