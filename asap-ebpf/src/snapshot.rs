@@ -60,7 +60,8 @@ pub extern "C" fn snapshot(context: *const IteratorContext) -> i32 {
     let voluntary: u64 = fields.field(layout.voluntary_switches);
     let involuntary: u64 = fields.field(layout.involuntary_switches);
     record.epoch = voluntary.wrapping_add(involuntary);
-    record.on_cpu = fields.field(layout.on_cpu);
+    // An int up to Linux 6.x, one byte of several from 7.x on: 0 or 1 either way, and the low byte comes first.
+    record.on_cpu = u32::from(fields.field::<u8>(layout.on_cpu));
     record.state = fields.field(layout.state);
     record.stack_length = 0;
     // SAFETY: the task was checked above; the result is read by a helper that checks it.
