@@ -1,14 +1,25 @@
 //! A process's memory through `/proc/PID/mem`. Writes reach read-only private mappings too (FOLL_FORCE, mm/gup.c), which is
-//! what keeps promise P4: nothing in the target ever becomes writable for us.
+//! what keeps promise P4: nothing in the target ever becomes writable for us. Kernels may grant that to the tracer alone, for the
+//! thread it traces (CONFIG_PROC_MEM_FORCE_PTRACE, proc_mem.force_override=ptrace; Debian from Linux 7 on).
 
 use crate::address::TargetAddr;
-use std::{fs, io, os::unix::fs::FileExt};
+use std::{
+    fs, io,
+    os::unix::fs::FileExt,
+    sync::{Mutex, PoisonError},
+};
 
 /// An open `/proc/PID/mem`. Refers to the address space the process had when it was opened, also after execve(2).
 #[derive(Debug)]
 pub struct Memory {
     file: fs::File,
     pid: i32,
+    /// The same memory by way of a thread that we trace.
+    traced: Mutex<Option<fs::File>>,
+}
+
+fn open(pid: i32) -> io::Result<fs::File> {
+    fs::OpenOptions::new().read(true).write(true).open(format!("/proc/{pid}/mem"))
 }
 
 impl Memory {
@@ -17,8 +28,15 @@ impl Memory {
     /// # Errors
     /// The process is gone or may not be traced.
     pub fn open(pid: i32) -> io::Result<Self> {
-        let file = fs::OpenOptions::new().read(true).write(true).open(format!("/proc/{pid}/mem"))?;
-        Ok(Self { file, pid })
+        Ok(Self { file: open(pid)?, pid, traced: Mutex::new(None) })
+    }
+
+    /// From now on writes that the kernel grants to tracers only are made by way of `tid`, which the calling thread traces and
+    /// which has the same address space. Nothing changes if it is gone.
+    pub fn write_as_tracer_of(&self, tid: i32) {
+        if let Ok(file) = open(tid) {
+            *self.traced.lock().unwrap_or_else(PoisonError::into_inner) = Some(file);
+        }
     }
 
     /// The process it was opened for.
@@ -60,7 +78,13 @@ impl Memory {
     /// # Errors
     /// As [`Self::read`]; EIO also for shared mappings that are not writable.
     pub fn write(&self, address: TargetAddr, bytes: &[u8]) -> io::Result<()> {
-        self.file.write_all_at(bytes, address.0)
+        let written = self.file.write_all_at(bytes, address.0);
+        match (&written, &*self.traced.lock().unwrap_or_else(PoisonError::into_inner)) {
+            (Err(error), Some(traced)) if error.raw_os_error() == Some(libc::EIO) => {
+                traced.write_all_at(bytes, address.0)
+            }
+            _ => written,
+        }
     }
 
     /// A NUL-terminated string of at most `limit` bytes, lossily as UTF-8.

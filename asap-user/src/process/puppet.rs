@@ -166,6 +166,7 @@ impl Puppet {
         if confined {
             thread.set_options(libc::PTRACE_O_SUSPEND_SECCOMP)?;
         }
+        memory.write_as_tracer_of(thread.tid());
         let mut injection = Injection::begin(thread, memory, gadgets)?;
         let made =
             Self::make_within(&mut injection, target, memory, gadgets, home, home_length, existing_home, confined);
@@ -173,6 +174,7 @@ impl Puppet {
         let stop = begin.elapsed();
         let mut puppet = made?;
         ended?;
+        memory.write_as_tracer_of(puppet.pid);
         puppet.settle_in()?;
         Ok((puppet, Borrowed { stop }))
     }
@@ -581,7 +583,15 @@ mod tests {
         assert!(!std::path::Path::new(&format!("/proc/{id}")).exists());
         assert_eq!(Maps::of(pid).expect("alive"), before);
         assert!(sleeper.0.try_wait().expect("own child").is_none(), "the target lives");
-        let syscall = fs::read_to_string(format!("/proc/{pid}/syscall")).expect("alive");
-        assert!(syscall.starts_with("230 ") || syscall.starts_with("219 "), "it sleeps on: {syscall}");
+        // It may first have to fetch the page of the instruction (then: -1).
+        let begin = Instant::now();
+        loop {
+            let syscall = fs::read_to_string(format!("/proc/{pid}/syscall")).expect("alive");
+            if syscall.starts_with("230 ") || syscall.starts_with("219 ") {
+                break;
+            }
+            assert!(begin.elapsed() < Duration::from_secs(10), "it does not sleep on: {syscall}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 }
