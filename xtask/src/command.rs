@@ -23,7 +23,18 @@ pub fn top() -> PathBuf {
 pub fn cargo() -> Command {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.current_dir(top());
+    hear_signals(&mut cargo);
     cargo
+}
+
+/// Signals that this process waits for on a thread of its own are held back in all others, and a child would inherit that: tests
+/// that interrupt programs would wait for ever.
+pub fn hear_signals(command: &mut Command) {
+    use std::os::unix::process::CommandExt;
+    // SAFETY: between fork and exec one system call is made; nothing is allocated.
+    unsafe {
+        command.pre_exec(|| nix::sys::signal::SigSet::empty().thread_set_mask().map_err(Into::into));
+    }
 }
 
 /// Builds `asap` and gives its path.

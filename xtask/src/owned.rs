@@ -39,7 +39,7 @@ fn registry() -> MutexGuard<'static, Registry> {
 /// thread is made.
 pub fn clean_up_on_signals() -> Result<()> {
     let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
-    // Children don't inherit this: the standard library gives them an empty mask.
+    // Children inherit this, unless they are told to hear signals.
     signals.thread_block().context("signals can't be blocked")?;
     std::thread::spawn(move || {
         let Ok(signal) = signals.wait() else { return };
@@ -83,6 +83,7 @@ impl Owned {
         let program = command.get_program().to_string_lossy().into_owned();
         let us = nix::unistd::getpid();
         command.process_group(0);
+        crate::command::hear_signals(command);
         // SAFETY: between fork and exec only system calls are made; nothing is allocated.
         unsafe {
             command.pre_exec(move || {

@@ -73,7 +73,13 @@ fn a_running_thread_is_never_believed() {
     let spinning: Vec<i32> = (0..=cpus).map(|_| fixture.order("spin").parse().expect("a thread id")).collect();
     sleep(Duration::from_millis(50));
     let (mut on, mut believed) = (0, 0);
-    for _ in 0..200 {
+    let begin = std::time::Instant::now();
+    // Where other programs keep the processors busy, it takes long until both are seen.
+    for round in 0.. {
+        let both = believed > 0 && (on > 0 || cpus == 1);
+        if (round >= 200 && both) || begin.elapsed() > Duration::from_secs(30) {
+            break;
+        }
         let first = ebpf.snapshot(pid, 256).expect("a snapshot");
         let second = ebpf.snapshot(pid, 0).expect("a light snapshot");
         for &tid in &spinning {
