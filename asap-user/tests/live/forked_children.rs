@@ -162,7 +162,7 @@ fn p2_an_agent_that_dies_between_two_processes_leaves_none_half_done() {
         assert!(died_in.is_some(), "{fault}: the agent was not killed");
         assert!(runs(target.pid()), "{fault}");
 
-        let adopted = lab.attach_after_a_death(target.pid());
+        let adopted = lab.attach(target.pid());
         let expected = if adopted.target.patches.is_empty() { 11 } else { 12 };
         assert_eq!(fresh_values(&target), [expected; 3], "{fault}: all processes or none: {adopted:?}");
         assert_eq!(target.number("call 10"), expected, "{fault}");

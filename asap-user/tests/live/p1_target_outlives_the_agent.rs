@@ -321,7 +321,7 @@ fn p1_exceptions_pass_after_agents_died_while_they_told_the_unwinder() {
             assert!(walk().is_some(), "{fault}: the agent was not killed");
             lab.set_environment("ASAP_FAULT", "");
             assert_eq!(first("call -4"), "caught negative", "{fault}: without an agent");
-            lab.attach_after_a_death(target.pid());
+            lab.attach(target.pid());
             assert_eq!(first("call -4"), "caught negative", "{fault}: adopted");
             // libgcc walks its whole list when it is told to forget a table.
             lab.patch(&["--function", "shop::middle", "--name", "again", &fix]);

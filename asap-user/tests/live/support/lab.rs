@@ -125,12 +125,12 @@ impl Lab {
         self.attach_with(pid, &[])
     }
 
-    /// Attaches after an agent died at a moment of its own: its socket may still accept connections until its last thread has
-    /// ended, and then breaks them.
-    pub fn attach_after_a_death(&self, pid: i32) -> AttachReport {
+    /// Attaches with more options. The socket of an agent that died a moment ago may still accept connections until its last
+    /// thread has ended, and then breaks them: that is tried again.
+    pub fn attach_with(&self, pid: i32, options: &[&str]) -> AttachReport {
         let started = std::time::Instant::now();
         loop {
-            let answer = self.asap(&["attach", "--pid", &pid.to_string()]);
+            let answer = self.asap(&[&["attach", "--pid", &pid.to_string()], options].concat());
             if answer.text.contains("connection to the agent broke") && started.elapsed() < super::PATIENCE {
                 std::thread::sleep(std::time::Duration::from_millis(5));
                 continue;
@@ -139,14 +139,6 @@ impl Lab {
             self.agent();
             return report;
         }
-    }
-
-    /// Attaches with more options.
-    pub fn attach_with(&self, pid: i32, options: &[&str]) -> AttachReport {
-        let answer = self.asap(&[&["attach", "--pid", &pid.to_string()], options].concat());
-        let Reply::Attached(report) = answer.reply() else { panic!("{answer:?}") };
-        self.agent();
-        report
     }
 
     /// Patches with these arguments.
