@@ -2,7 +2,7 @@
 //! recorded in the target before it is taken, so that whoever comes later can finish it.
 
 use super::{
-    hooks,
+    call_stack, hooks,
     ledger::{AppliedPatch, ChangedPage, Pending, Span},
     process::{TargetProcess, explain, gone},
     text::{self, Jumps},
@@ -426,9 +426,10 @@ fn remove_remains(process: &mut TargetProcess) -> Result<(), Failure> {
 /// # Errors
 /// The process is gone, or the kernel refuses.
 pub fn recover(process: &mut TargetProcess) -> Result<(), Failure> {
+    let TargetProcess { pid, puppet, book, memory, .. } = &mut *process;
+    call_stack::remove_remains(puppet, book, memory).map_err(|error| explain(*pid, error))?;
     if process.book.ledger.pending.is_none() {
         hooks::settle_registration(process)?;
-        hooks::forget_stack(process)?;
     }
     remove_remains(process)?;
     let Some(pending) = process.book.ledger.pending.clone() else { return Ok(()) };
@@ -485,8 +486,7 @@ pub fn recover(process: &mut TargetProcess) -> Result<(), Failure> {
     for page in unused {
         let _ = pages::unmap(&mut process.puppet, page.spare, PAGE_SIZE);
     }
-    hooks::settle_registration(process)?;
-    hooks::forget_stack(process)
+    hooks::settle_registration(process)
 }
 
 /// Unmaps copies of text pages and gates that the ledger does not know: made, and not yet recorded or used, when an agent

@@ -1,6 +1,7 @@
 //! Code of a patch, or of the target's runtime, run by the puppet: hooks, and the registration of unwind tables.
 
 use super::{
+    call_stack,
     exchange::record,
     ledger::{Registration, Span},
     modules::Module,
@@ -10,69 +11,27 @@ use super::{
 use crate::{address::TargetAddr, image::SymbolKind, process::puppet::PuppetError, report::Failure};
 use std::time::Duration;
 
-/// Stack of a function that the puppet calls, bytes.
-const STACK: u64 = 256 * 1024;
 /// Time that one hook may take. Gates are closed meanwhile.
 const LIMIT: Duration = Duration::from_millis(500);
-
-/// A stack for calls by the puppet, in the target. The ledger says where it is: should we die during a call, which runs on to
-/// its end, the next agent unmaps it.
-#[must_use]
-struct CallStack(Span);
-
-impl CallStack {
-    fn map(process: &mut TargetProcess) -> Result<Self, Failure> {
-        let pid = process.pid;
-        let home = process.book.home();
-        for _ in 0..8 {
-            // With a page free on both sides: the kernel must not make one mapping of it and a neighbour.
-            let start = process.maps()?.gap(&(home..home), STACK, 1 << 46);
-            let start =
-                start.ok_or_else(|| Failure::refused(format!("process {pid} has no room"), "free some memory"))?;
-            let stack = Span { start, end: start.offset(STACK as i64) };
-            record(process, |ledger| ledger.call_stack = Some(stack))?;
-            crate::fault::point("call.stack-recorded");
-            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
-            let protection = (libc::PROT_READ | libc::PROT_WRITE) as u64;
-            let arguments = [start.0, STACK, protection, flags as u64, u64::MAX, 0];
-            match process.puppet.syscall("mmap", libc::SYS_mmap, arguments) {
-                Ok(_) => {
-                    crate::fault::point("call.stack-mapped");
-                    return Ok(Self(stack));
-                }
-                Err(error) => {
-                    record(process, |ledger| ledger.call_stack = None)?;
-                    let taken =
-                        matches!(&error, PuppetError::Call { error, .. } if error.raw_os_error() == Some(libc::EEXIST));
-                    if !taken {
-                        return Err(explain(pid, error));
-                    }
-                }
-            }
-        }
-        Err(Failure::refused(format!("the address space of process {pid} changes too fast"), "try again"))
-    }
-
-    fn unmap(self, process: &mut TargetProcess) -> Result<(), Failure> {
-        process.release(self.0);
-        crate::fault::point("call.stack-unmapped");
-        record(process, |ledger| ledger.call_stack = None)
-    }
-}
 
 /// Calls a function with two integer arguments and gives its rax. Once begun it runs to its end even if the agent dies; then
 /// `mark` is written, if there is one: where, and what.
 fn call(
     process: &mut TargetProcess,
-    stack: Span,
     function: TargetAddr,
     arguments: [u64; 2],
     mark: Option<(TargetAddr, u64)>,
 ) -> Result<u64, PuppetError> {
-    let fs_base = process.puppet.thread_pointer();
+    let TargetProcess { puppet, book, memory, .. } = process;
+    let top = call_stack::top(call_stack::provide(puppet, book, memory)?);
+    let fs_base = puppet.thread_pointer();
     let arguments = [arguments[0], arguments[1], 0, 0, 0, 0];
-    let top = stack.end.offset(-64);
-    process.puppet.call(&process.memory, function, arguments, top, fs_base, mark, LIMIT)
+    puppet.call(memory, function, arguments, top, fs_base, mark, LIMIT)
+}
+
+fn remove_stack(process: &mut TargetProcess) -> Result<(), Failure> {
+    let TargetProcess { pid, puppet, book, memory, .. } = process;
+    call_stack::remove(puppet, book, memory).map_err(|error| explain(*pid, error))
 }
 
 /// Runs hooks in order. One that returns something else than 0 refuses.
@@ -84,16 +43,10 @@ pub fn run(process: &mut TargetProcess, hooks: &[TargetAddr]) -> Result<(), Fail
         return Ok(());
     }
     let pid = process.pid;
-    // One may be there for the unwind table.
-    let (stack, own) = match process.book.ledger.call_stack {
-        Some(stack) => (stack, None),
-        None => {
-            let own = CallStack::map(process)?;
-            (own.0, Some(own))
-        }
-    };
+    // One that is there for the unwind table stays.
+    let is_own = process.book.ledger.call_stack.is_none();
     let refused = hooks.iter().find_map(|&hook| {
-        match call(process, stack, hook, [0; 2], None) {
+        match call(process, hook, [0; 2], None) {
             // A function of C returns an int.
             Ok(result) if result as u32 == 0 => None,
             Ok(result) => Some(Failure::rolled_back(
@@ -103,8 +56,8 @@ pub fn run(process: &mut TargetProcess, hooks: &[TargetAddr]) -> Result<(), Fail
             Err(error) => Some(hook_failed(pid, error)),
         }
     });
-    if let Some(own) = own {
-        own.unmap(process)?;
+    if is_own {
+        remove_stack(process)?;
     }
     refused.map_or(Ok(()), Err)
 }
@@ -134,13 +87,12 @@ fn exported(modules: &[Module], name: &str) -> Option<TargetAddr> {
 }
 
 fn tell(process: &mut TargetProcess, registration: Registration, known: bool) -> Result<(), PuppetError> {
-    let stack = registration.stack;
     let mark = |state| Some((registration.object.offset(STATE_AT), state));
     let table = registration.table.start.0;
     if known {
-        call(process, stack, registration.register, [table, registration.object.0], mark(KNOWN)).map(drop)
+        call(process, registration.register, [table, registration.object.0], mark(KNOWN)).map(drop)
     } else {
-        call(process, stack, registration.deregister, [table, 0], mark(FORGOTTEN)).map(drop)
+        call(process, registration.deregister, [table, 0], mark(FORGOTTEN)).map(drop)
     }
 }
 
@@ -158,9 +110,10 @@ pub fn announce(
 ) -> Result<bool, Failure> {
     let functions = exported(modules, "__register_frame_info").zip(exported(modules, "__deregister_frame_info"));
     let Some((register, deregister)) = functions else { return Ok(false) };
-    let stack = CallStack::map(process)?.0;
-    let registration = Registration { table, object, register, deregister, stack };
-    record(process, |ledger| ledger.registering = Some(registration))?;
+    // Now, since the call may come while gates are closed.
+    let TargetProcess { puppet, book, memory, pid, .. } = process;
+    call_stack::provide(puppet, book, memory).map_err(|error| explain(*pid, error))?;
+    record(process, |ledger| ledger.registering = Some(Registration { table, object, register, deregister }))?;
     crate::fault::point("unwind.announced");
     Ok(true)
 }
@@ -199,10 +152,7 @@ pub fn settle_registration(process: &mut TargetProcess) -> Result<(), Failure> {
     let state = process.memory.bytes(registration.object.offset(STATE_AT), 8);
     let known = state.is_ok_and(|bytes| bytes == KNOWN.to_le_bytes());
     if wanted != known {
-        // The old one may be gone.
-        forget_stack(process)?;
-        let stack = CallStack::map(process)?.0;
-        tell(process, Registration { stack, ..registration }, wanted).map_err(|error| hook_failed(pid, error))?;
+        tell(process, registration, wanted).map_err(|error| hook_failed(pid, error))?;
     }
     end_registration(process)
 }
@@ -215,22 +165,7 @@ pub fn end_registration(process: &mut TargetProcess) -> Result<(), Failure> {
     if process.book.ledger.registering.is_some() {
         record(process, |ledger| ledger.registering = None)?;
         crate::fault::point("unwind.settled");
-        forget_stack(process)?;
+        remove_stack(process)?;
     }
     Ok(())
-}
-
-/// Unmaps the stack for calls that the ledger tells of, if it is there.
-///
-/// # Errors
-/// The process is gone.
-pub fn forget_stack(process: &mut TargetProcess) -> Result<(), Failure> {
-    let Some(stack) = process.book.ledger.call_stack else { return Ok(()) };
-    let maps = process.maps()?;
-    let is_ours =
-        maps.at(stack.start).is_some_and(|m| m.range == stack.range() && m.inode == 0 && m.writable && !m.shared);
-    if is_ours {
-        process.release(stack);
-    }
-    record(process, |ledger| ledger.call_stack = None)
 }

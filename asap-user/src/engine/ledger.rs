@@ -181,8 +181,6 @@ pub struct Registration {
     pub register: TargetAddr,
     /// `__deregister_frame_info`.
     pub deregister: TargetAddr,
-    /// The stack for the calls.
-    pub stack: Span,
 }
 
 /// Everything that is known about a process.

@@ -1,6 +1,7 @@
 //! The patch transaction: plan, stage, quiesce, commit, revert. Knows nothing of sockets and command lines.
 
 mod apply;
+mod call_stack;
 mod check;
 mod exchange;
 mod hooks;

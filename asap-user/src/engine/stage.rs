@@ -1,6 +1,7 @@
 //! A patch laid into a process: linked, written, protected, and not yet reachable.
 
 use super::{
+    call_stack,
     ledger::{AppliedFunction, AppliedHooks, AppliedPatch, Span},
     modules::Module,
     plan::PlannedFunction,
@@ -11,7 +12,6 @@ use super::{
 use crate::{
     address::{PAGE_SIZE, TargetAddr},
     patch::{Bases, LinkedPatch, PatchError, PatchObject, prologue},
-    process::pages,
     report::{Failure, PatchId},
 };
 use std::{cell::RefCell, collections::HashMap, time::Duration};
@@ -51,8 +51,6 @@ pub struct PatchIdentity {
 const TRAMPOLINE_LENGTH: u64 = 64;
 /// Longest function that is looked at for a prologue, bytes.
 const CODE_MOST: usize = 1 << 20;
-/// Stack of a function that the puppet calls, bytes.
-const CALL_STACK: u64 = 256 * 1024;
 /// Time that an IFUNC resolver may take.
 const RESOLVER_LIMIT: Duration = Duration::from_secs(1);
 
@@ -169,19 +167,9 @@ fn link(
     let pid = process.pid;
     let (memory, puppet, book) = (&process.memory, &mut process.puppet, &mut process.book);
     let mut call_resolver = |resolver: TargetAddr| {
-        let protection = (libc::PROT_READ | libc::PROT_WRITE) as u64;
-        let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
-        let stack = puppet.syscall("mmap", libc::SYS_mmap, [0, CALL_STACK, protection, flags, u64::MAX, 0]).ok()?;
-        let span = Span { start: TargetAddr(stack), end: TargetAddr(stack + CALL_STACK) };
-        // Should we die during the call, the next agent unmaps it.
-        let noted = book.update(memory, |ledger| ledger.leftover.push(span)).is_ok();
+        let stack = call_stack::provide(puppet, book, memory).ok()?;
         let fs_base = puppet.thread_pointer();
-        let top = span.end.offset(-64);
-        let chosen = puppet.call(memory, resolver, [0; 6], top, fs_base, None, RESOLVER_LIMIT);
-        let _ = pages::unmap(puppet, span.start, CALL_STACK);
-        if noted {
-            let _ = book.update(memory, |ledger| ledger.leftover.retain(|other| *other != span));
-        }
+        let chosen = puppet.call(memory, resolver, [0; 6], call_stack::top(stack), fs_base, None, RESOLVER_LIMIT);
         chosen.ok().filter(|&at| modules.iter().any(|m| m.text.contains(&TargetAddr(at)))).map(TargetAddr)
     };
     let scope = TargetScope {
@@ -192,11 +180,13 @@ fn link(
         call_resolver: RefCell::new(&mut call_resolver),
         complaints: RefCell::new(Vec::new()),
     };
-    object.link(bases, &scope).map_err(|error| {
+    let linked = object.link(bases, &scope).map_err(|error| {
         let complaints = scope.complaints.borrow().join("; ");
         let more = if complaints.is_empty() { String::new() } else { format!(" ({complaints})") };
         unfit(pid, &error, &more)
-    })
+    });
+    call_stack::remove(puppet, book, memory).map_err(|error| explain(pid, error))?;
+    linked
 }
 
 fn unfit(pid: i32, error: &PatchError, more: &str) -> Failure {
