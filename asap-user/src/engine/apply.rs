@@ -14,7 +14,7 @@ use super::{
     revert, settle,
     stage::{self, PatchIdentity, Staged},
     target::Target,
-    transaction::{self, AtQuiescence, Terms},
+    transaction::{self, Terms},
     undo::Undo,
 };
 use crate::{
@@ -298,8 +298,7 @@ impl Work<'_> {
             // Other processes may still refuse: what goes out must be able to come back, and is cleared away when all have it.
             let exchange = Exchange::prepare(process, goal, OldMemory::Keep)?;
             let mut checker = Checker::new(process, modules, observers, regions);
-            let mut at_quiescence = AtQuiescence { hooks: &hooks.pre_apply, last: &mut |_| Ok(()) };
-            let done = transaction::run(process, exchange, &mut checker, self.terms, &mut at_quiescence)?;
+            let done = transaction::run(process, exchange, &mut checker, self.terms, &hooks.pre_apply)?;
             let next = self.identity.id.0 + 1;
             record(process, |ledger| ledger.next_patch = ledger.next_patch.max(next))?;
             hooks::end_registration(process)?;

@@ -12,7 +12,7 @@ use super::{
     process::TargetProcess,
     settle,
     target::Target,
-    transaction::{self, AtQuiescence, Terms},
+    transaction::{self, Terms},
 };
 use crate::cancel;
 use crate::quiesce::observe::Region;
@@ -168,8 +168,7 @@ pub fn from_process(
         }
     };
     let mut checker = Checker::new(process, &modules, observers, vec![whole_code(&patch)]);
-    let mut at_quiescence = AtQuiescence { hooks: &patch.hooks.pre_revert, last: &mut |_| Ok(()) };
-    let done = transaction::run(process, exchange, &mut checker, terms, &mut at_quiescence);
+    let done = transaction::run(process, exchange, &mut checker, terms, &patch.hooks.pre_revert);
     if done.is_err() {
         let _ = hooks::end_registration(process);
     }

@@ -29,22 +29,6 @@ pub struct Terms {
     pub consistency: Consistency,
 }
 
-/// What is to be done at the quiescent point, before the pages are exchanged.
-pub struct AtQuiescence<'a> {
-    /// Hooks of the patch. They may call any code of the target, on the pages with closed gates as well: where there are hooks,
-    /// all threads are stopped and the gates opened again before they run.
-    pub hooks: &'a [TargetAddr],
-    /// What comes after them.
-    pub last: &'a mut dyn FnMut(&mut TargetProcess) -> Result<(), Failure>,
-}
-
-impl AtQuiescence<'_> {
-    fn run(&mut self, process: &mut TargetProcess) -> Result<(), Failure> {
-        hooks::run(process, self.hooks)?;
-        (self.last)(process)
-    }
-}
-
 /// What keeps threads out while the pages are exchanged.
 enum Held {
     /// Nothing needs to.
@@ -55,7 +39,9 @@ enum Held {
     Stopped(Vec<Stopped>, Instant),
 }
 
-/// Makes the exchange active when `checker` finds nobody inside.
+/// Makes the exchange active when `checker` finds nobody inside. `at_quiescence` are hooks of the patch, run before that. They may
+/// call any code of the target, on the pages with closed gates as well: where there are hooks, all threads are stopped and the
+/// gates opened again before they run.
 ///
 /// # Errors
 /// The time is up, or the kernel refused; the process is as it was, and the exchange is taken apart.
@@ -64,7 +50,7 @@ pub fn run(
     exchange: Exchange,
     checker: &mut Checker<'_>,
     terms: Terms,
-    at_quiescence: &mut AtQuiescence<'_>,
+    at_quiescence: &[TargetAddr],
 ) -> Result<ProcessPatchReport, Failure> {
     let mut report = ProcessPatchReport { pid: process.pid, ..ProcessPatchReport::default() };
     report.threads = crate::process::info::threads(process.pid).map_or(0, |threads| threads.len());
@@ -111,13 +97,13 @@ fn attempt_until_quiet(
     exchange: &Exchange,
     checker: &mut Checker<'_>,
     terms: Terms,
-    at_quiescence: &mut AtQuiescence<'_>,
+    at_quiescence: &[TargetAddr],
     report: &mut ProcessPatchReport,
 ) -> Result<Held, Failure> {
     if terms.consistency == Consistency::Lazy {
         report.quiescence = "lazy: old activations finish in old code".into();
         report.attempts = 1;
-        at_quiescence.run(process)?;
+        hooks::run(process, at_quiescence)?;
         return Ok(Held::Free);
     }
     let by_gate = process.gates.is_ok();
@@ -163,14 +149,14 @@ fn try_closed(
     process: &mut TargetProcess,
     exchange: &Exchange,
     checker: &mut Checker<'_>,
-    at_quiescence: &mut AtQuiescence<'_>,
+    at_quiescence: &[TargetAddr],
     report: &mut ProcessPatchReport,
 ) -> Result<Result<Held, Vec<BusyThread>>, Failure> {
     if exchange.is_empty() {
         let verdict = checker.look_again(process)?;
         note_check(report, &verdict);
         if verdict.busy.is_empty() {
-            at_quiescence.run(process)?;
+            hooks::run(process, at_quiescence)?;
             return Ok(Ok(Held::Free));
         }
         return Ok(Err(verdict.busy));
@@ -181,7 +167,7 @@ fn try_closed(
         report.threads = verdict.threads;
         report.threads_stopped += verdict.stopped;
         if verdict.busy.is_empty() {
-            at_quiescence.run(process)?;
+            hooks::run(process, at_quiescence)?;
             return Ok(Ok(Held::Stopped(threads, since)));
         }
         drop(threads);
@@ -197,8 +183,8 @@ fn try_closed(
         };
         note_check(report, &verdict);
         if verdict.busy.is_empty() {
-            if at_quiescence.hooks.is_empty() {
-                break at_quiescence.run(process).map(|()| Ok(None));
+            if at_quiescence.is_empty() {
+                break hooks::run(process, at_quiescence).map(|()| Ok(None));
             }
             break checker.stop_all(process).map(|(threads, verdict)| {
                 report.threads_stopped += verdict.stopped;
@@ -215,7 +201,7 @@ fn try_closed(
         Ok(Ok(Some(threads))) => {
             let since = Instant::now();
             note(report, &exchange.reopen(process, closed));
-            at_quiescence.run(process)?;
+            hooks::run(process, at_quiescence)?;
             Ok(Ok(Held::Stopped(threads, since)))
         }
         Ok(Err(busy)) => {
