@@ -9,7 +9,7 @@ use crate::{
     address::{PAGE_SIZE, TargetAddr},
     process::{
         gate::Gatekeeper,
-        info::ProcessInfo,
+        info::{self, ProcessInfo},
         inject::Gadgets,
         maps::Maps,
         memory::Memory,
@@ -91,9 +91,10 @@ impl TargetProcess {
             _ => refused(pid, error),
         };
         let memory = Memory::open(pid).map_err(failed)?;
+        // They may be changing what is mapped.
+        puppet::await_orphans(pid, ORPHAN_LIMIT);
         let maps = Maps::of(pid).map_err(failed)?;
         let gadgets = Gadgets::find(&maps, &memory).map_err(|error| refused(pid, error))?;
-        puppet::await_orphans(pid, ORPHAN_LIMIT);
         let left = LedgerBook::find_home(&maps, &memory);
         let mappings = left.is_none().then(|| executable_mappings(&maps));
         let (puppet, borrowed, book) = match left {
@@ -203,13 +204,10 @@ impl TargetProcess {
 
     /// execve(2) gives a process a new address space; the puppet keeps the old one.
     fn has_its_memory(&self) -> bool {
-        /// `KCMP_VM` of kcmp(2).
-        const SAME_MEMORY: i32 = 1;
-        // SAFETY: no pointers are passed.
-        let differs = unsafe { libc::syscall(libc::SYS_kcmp, self.pid, self.puppet.pid(), SAME_MEMORY, 0, 0) };
-        // Where the kernel can't compare (-1) it is taken for the same. A main thread that has ended before the others has no
-        // address space any more, which says nothing.
-        differs <= 0 || ProcessInfo::of(self.pid).is_ok_and(|info| info.state == 'Z')
+        // Where the kernel can't compare it is taken for the same. A main thread that has ended before the others has no address
+        // space any more, which says nothing.
+        info::share_memory(self.pid, self.puppet.pid()) != Some(false)
+            || ProcessInfo::of(self.pid).is_ok_and(|info| info.state == 'Z')
     }
 
     /// Lets go of a process that is not alive any more. One that runs another program now is rid of its dead helper.

@@ -81,6 +81,16 @@ pub fn threads(pid: i32) -> io::Result<Vec<i32>> {
     Ok(threads)
 }
 
+/// Whether two processes have one address space; `None`: the kernel can't compare them (kcmp(2)).
+#[must_use]
+pub fn share_memory(one: i32, other: i32) -> Option<bool> {
+    /// `KCMP_VM`.
+    const MEMORY: i32 = 1;
+    // SAFETY: no pointers are passed.
+    let order = unsafe { libc::syscall(libc::SYS_kcmp, one, other, MEMORY, 0, 0) };
+    (order >= 0).then_some(order == 0)
+}
+
 /// Children of all threads of `pid` (proc_pid_task_tid_children(5)), or by a scan of `/proc` where that file is missing.
 /// Processes that end meanwhile are left out.
 #[must_use]

@@ -341,22 +341,11 @@ impl Puppet {
         let gone = |error: TraceError| ExchangeError { pid, done: 0, error: io::Error::other(error) };
         let mut registers = calling(self.registers, self.home.offset(EXCHANGE_AT), 0, [0; 6]);
         registers.r12 = at.0;
-        self.process.set_registers(&registers).map_err(gone)?;
-        let suspend = if self.confined { libc::PTRACE_O_SUSPEND_SECCOMP } else { 0 };
-        // From here to its int3 it runs to the end, whatever becomes of us. Untraced, the int3 ends it.
-        self.process.set_options(suspend).map_err(gone)?;
-        crate::fault::point("exchange.begin");
-        let stopped = loop {
-            match self.process.run(Duration::from_secs(5)) {
-                Ok(StopReason::Signal(libc::SIGTRAP)) => break Ok(()),
-                Ok(StopReason::Signal(_)) => break Err(gone(TraceError::Gone(self.pid))),
-                Ok(_) => {}
-                Err(error) => break Err(gone(error)),
-            }
-        };
-        crate::fault::point("exchange.done");
-        stopped?;
-        self.process.set_options(libc::PTRACE_O_EXITKILL | suspend).map_err(gone)?;
+        let points = ["exchange.begin", "exchange.done"];
+        let stopped = self.run_to_int3(&registers, Duration::from_secs(5), points).map_err(gone)?;
+        if stopped != StopReason::Signal(libc::SIGTRAP) {
+            return Err(gone(TraceError::Gone(self.pid)));
+        }
         let registers = self.process.registers().map_err(gone)?;
         let done = (registers.r12.wrapping_sub(at.0) / 16) as usize;
         if done < moves.len() {
@@ -401,27 +390,41 @@ impl Puppet {
         registers.fs_base = fs_base;
         // What it calls may take locks of the target.
         let _watched = watchdog::section("a call in the target", limit + CALL_MARGIN);
-        self.process.set_registers(&registers)?;
-        let suspend = if self.confined { libc::PTRACE_O_SUSPEND_SECCOMP } else { 0 };
-        // From here it runs to the int3 behind its end, whatever becomes of us. Untraced, the int3 ends it.
-        self.process.set_options(suspend)?;
-        crate::fault::point("call.begin");
-        let deadline = Instant::now() + limit;
-        let stopped = loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            match self.process.run(left)? {
-                StopReason::Signal(libc::SIGTRAP) => break StopReason::Signal(libc::SIGTRAP),
-                reason @ StopReason::Signal(_) => break reason,
-                StopReason::Group | StopReason::Interrupt | StopReason::Event(_) | StopReason::Syscall => {}
-            }
-        };
-        crate::fault::point("call.done");
-        self.process.set_options(libc::PTRACE_O_EXITKILL | suspend)?;
+        let stopped = self.run_to_int3(&registers, limit, ["call.begin", "call.done"])?;
         let registers = self.process.registers()?;
         if registers.rip != return_to.0 + RETURNED {
             return Err(self.astray(stopped));
         }
         Ok(registers.rax)
+    }
+
+    /// Runs on from `registers` until a signal stops it, as the int3 does behind what it is to do. That it does to the end
+    /// whatever becomes of us: untraced, the int3 ends it. `points` are the fault points before and after.
+    fn run_to_int3(
+        &mut self,
+        registers: &Registers,
+        limit: Duration,
+        points: [&'static str; 2],
+    ) -> Result<StopReason, TraceError> {
+        self.process.set_registers(registers)?;
+        self.set_options(0)?;
+        crate::fault::point(points[0]);
+        let deadline = Instant::now() + limit;
+        let reason = loop {
+            match self.process.run(deadline.saturating_duration_since(Instant::now()))? {
+                reason @ StopReason::Signal(_) => break reason,
+                StopReason::Group | StopReason::Interrupt | StopReason::Event(_) | StopReason::Syscall => {}
+            }
+        };
+        crate::fault::point(points[1]);
+        self.set_options(libc::PTRACE_O_EXITKILL)?;
+        Ok(reason)
+    }
+
+    /// `options`, and what a confined target's helper needs besides.
+    fn set_options(&self, options: i32) -> Result<(), TraceError> {
+        let suspend = if self.confined { libc::PTRACE_O_SUSPEND_SECCOMP } else { 0 };
+        self.process.set_options(options | suspend)
     }
 
     fn astray(&self, reason: StopReason) -> PuppetError {
@@ -487,15 +490,9 @@ pub fn dead_puppets(target: i32) -> Vec<i32> {
 /// moment, as a rule.
 pub fn await_orphans(target: i32, limit: Duration) {
     let deadline = Instant::now() + limit;
-    let shares_memory = |child: i32| {
-        /// `KCMP_VM` of kcmp(2).
-        const MEMORY: i32 = 1;
-        // SAFETY: no pointers are passed.
-        unsafe { libc::syscall(libc::SYS_kcmp, target, child, MEMORY, 0, 0) == 0 }
-    };
     let works = |&child: &i32| {
         let alone = |info: ProcessInfo| info.state != 'Z' && info.exit_signal == 0 && info.tracer == 0;
-        ProcessInfo::of(child).is_ok_and(alone) && shares_memory(child)
+        ProcessInfo::of(child).is_ok_and(alone) && info::share_memory(target, child) == Some(true)
     };
     while info::children(target).iter().any(works) && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(1));
