@@ -41,7 +41,7 @@ pub fn patch(
     progress: &mut dyn FnMut(Progress),
 ) -> Result<PatchReport, Failure> {
     let begin = Instant::now();
-    let Wanted { request, manifest, object, pairs, .. } = *wanted;
+    let Wanted { request, manifest, .. } = *wanted;
     target.discover()?;
     let identity = identity(target, wanted);
     if manifest.is_some() && target.processes.values().all(|process| process.patches().contains(&identity.id)) {
@@ -52,7 +52,7 @@ pub fn patch(
     }
     let (deadline, limit) = deadline(request.timeout_ms);
     let terms = Terms { deadline, limit, consistency: request.consistency };
-    let work = Work { object, pairs, manifest, request, identity: &identity, terms };
+    let work = Work { wanted, identity: &identity, terms };
 
     let mut reports: Vec<ProcessPatchReport> = Vec::new();
     let mut installed: Option<InstalledPatch> = None;
@@ -159,10 +159,7 @@ pub struct Wanted<'a> {
 
 /// One patch, to be applied to any number of processes.
 struct Work<'a> {
-    object: &'a PatchObject,
-    pairs: &'a [(String, String)],
-    manifest: Option<&'a Manifest>,
-    request: &'a PatchRequest,
+    wanted: &'a Wanted<'a>,
     identity: &'a PatchIdentity,
     terms: Terms,
 }
@@ -174,7 +171,7 @@ impl Work<'_> {
         images: &mut ImageCache,
     ) -> Result<(Vec<Module>, Vec<PlannedFunction>), Failure> {
         let mut modules = images.modules(process.pid, &process.maps()?, &process.memory, |at| process.is_ours(at));
-        let home = match self.manifest {
+        let home = match self.wanted.manifest {
             Some(manifest) => {
                 patch_file::check_company(process, manifest)?;
                 let found = patch_file::home(&modules, manifest);
@@ -186,7 +183,8 @@ impl Work<'_> {
             modules[home].tell(&patch_file::symbols(build));
         }
         let only = home.map(|(home, _)| home);
-        let functions = plan::functions(process, &mut modules, images, self.pairs, self.request.address, only)?;
+        let functions =
+            plan::functions(process, &mut modules, images, self.wanted.pairs, self.wanted.request.address, only)?;
         if let Some((home, build)) = home {
             patch_file::check_fingerprints(&modules[home], build, &functions)?;
         }
@@ -194,7 +192,7 @@ impl Work<'_> {
         // A variable of the same name in the patch is another variable: the two would part ways unnoticed.
         // The compiler's pointers to personality routines are the same in all objects, and never change.
         let is_personality = |name: &str| name.starts_with("DW.ref.");
-        let copies = self.object.variables().into_iter().filter(|v| v.writable && !is_personality(&v.name));
+        let copies = self.wanted.object.variables().into_iter().filter(|v| v.writable && !is_personality(&v.name));
         let twin = |name: &str| {
             home.image.locals(name, None).iter().any(|symbol| symbol.kind == crate::image::SymbolKind::Data)
         };
@@ -213,7 +211,7 @@ impl Work<'_> {
                 || !home.image.locals(name, None).is_empty()
                 || modules.iter().any(|module| module.image.export(name).is_some())
         };
-        if self.object.imports().iter().any(|import| !import.weak && !known(&import.name)) {
+        if self.wanted.object.imports().iter().any(|import| !import.weak && !known(&import.name)) {
             images.add_debug_symbols(process.pid, &mut modules[functions[0].module]);
         }
         Ok((modules, functions))
@@ -221,7 +219,7 @@ impl Work<'_> {
 
     /// The patches that go out when this one goes in.
     fn replaced(&self, process: &TargetProcess) -> Result<Vec<AppliedPatch>, Failure> {
-        let names = self.manifest.map_or(&[][..], |manifest| &manifest.replaces);
+        let names = self.wanted.manifest.map_or(&[][..], |manifest| &manifest.replaces);
         let (replaced, kept): (Vec<_>, Vec<_>) =
             process.book.ledger.patches.iter().cloned().partition(|patch| names.contains(&patch.name));
         for patch in &replaced {
@@ -236,7 +234,7 @@ impl Work<'_> {
             }
         }
         // What an original of this patch would lead to may go out together with the old patch.
-        if !self.object.originals().is_empty() && !replaced.is_empty() {
+        if !self.wanted.object.originals().is_empty() && !replaced.is_empty() {
             let names: Vec<_> = replaced.iter().map(|patch| patch.name.clone()).collect();
             return Err(Failure::refused(
                 format!("the patch calls original functions, and {} has replaced functions, too", names.join(", ")),
@@ -254,7 +252,7 @@ impl Work<'_> {
     ) -> Result<(ProcessPatchReport, InstalledPatch), Failure> {
         let (modules, functions) = self.plan(process, images)?;
         let replaced = self.replaced(process)?;
-        let staged = stage::stage(process, &modules, &functions, self.object, self.identity)?;
+        let staged = stage::stage(process, &modules, &functions, self.wanted.object, self.identity)?;
         settle::begin(process, self.identity.id, &replaced)?;
         let spans = [staged.patch.code, staged.patch.rodata, staged.patch.data];
         let installed = self.install(process, &modules, observers, staged, &replaced);
@@ -294,25 +292,34 @@ impl Work<'_> {
         let mut goal = process.book.ledger.patches.clone();
         goal.retain(|other| !replaced.contains(other));
         goal.push(patch);
-        let done = (|| {
-            // Other processes may still refuse: what goes out must be able to come back, and is cleared away when all have it.
-            let exchange = Exchange::prepare(process, goal, OldMemory::Keep)?;
+        // Other processes may still refuse: what goes out must be able to come back, and is cleared away when all have it.
+        let done = Exchange::prepare(process, goal, OldMemory::Keep).and_then(|exchange| {
             let mut checker = Checker::new(process, modules, observers, regions);
-            let done = transaction::run(process, exchange, &mut checker, self.terms, &hooks.pre_apply)?;
-            let next = self.identity.id.0 + 1;
-            record(process, |ledger| ledger.next_patch = ledger.next_patch.max(next))?;
-            hooks::end_registration(process)?;
-            free_leftover(process)?;
-            Ok(done)
-        })();
+            transaction::run(process, exchange, &mut checker, self.terms, &hooks.pre_apply)
+        });
         if done.is_err() && registered {
             let _ = hooks::deregister_unwind_table(process);
             let _ = hooks::end_registration(process);
         }
         let done = done?;
+        // From here on its code runs. That the ledger can't be tidied must not look as if the patch had failed: its memory
+        // would be freed.
+        if let Err(failure) = self.tidy(process)
+            && process.is_alive()
+        {
+            tracing::error!(pid = process.pid, %failure, "a patch is in, and the next agent has to tidy up behind it");
+        }
         // The patch is in; a hook that fails now is told, and changes nothing.
         hooks::run_after(process, &hooks.post_apply);
         Ok((done, report))
+    }
+
+    /// What remains to be noted and freed when the patch is in.
+    fn tidy(&self, process: &mut TargetProcess) -> Result<(), Failure> {
+        let next = self.identity.id.0 + 1;
+        record(process, |ledger| ledger.next_patch = ledger.next_patch.max(next))?;
+        hooks::end_registration(process)?;
+        free_leftover(process)
     }
 
     /// Everything up to the first change, and one look at who is inside now.
@@ -324,7 +331,7 @@ impl Work<'_> {
     ) -> Result<(ProcessPatchReport, InstalledPatch), Failure> {
         let (modules, functions) = self.plan(process, images)?;
         let replaced = self.replaced(process)?;
-        let staged = stage::stage(process, &modules, &functions, self.object, self.identity)?;
+        let staged = stage::stage(process, &modules, &functions, self.wanted.object, self.identity)?;
         stage::unstage(process, &staged.patch);
         let regions = regions_of(process, &staged.patch, &replaced);
         let mut checker = Checker::new(process, &modules, observers, regions);

@@ -19,7 +19,10 @@ use crate::quiesce::observe::Region;
 use crate::report::{
     Consistency, Failure, InstalledPatch, PatchId, PatchReport, ProcessPatchReport, Progress, RevertRequest,
 };
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// Time for taking a patch back, for all processes together: the administrator waits meanwhile.
+const TAKE_BACK_LIMIT: Duration = Duration::from_secs(10);
 
 /// Takes a patch out of all processes of `target`.
 ///
@@ -37,20 +40,40 @@ pub fn revert(
     let patch = choose(target, request.patch.as_deref())?;
     let (deadline, limit) = deadline(request.timeout_ms);
     let terms = Terms { deadline, limit, consistency: request.consistency };
+    let done = from_all(target, images, observers, patch.id, terms, progress);
+    settle::done(target);
+    Ok(PatchReport {
+        patch,
+        processes: done?,
+        dry_run: false,
+        already: false,
+        total_us: micros_since(begin),
+        notes: Vec::new(),
+    })
+}
+
+fn from_all(
+    target: &mut Target,
+    images: &mut ImageCache,
+    observers: &mut Observers,
+    id: PatchId,
+    terms: Terms,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Vec<ProcessPatchReport>, Failure> {
     let mut reports: Vec<ProcessPatchReport> = Vec::new();
     loop {
         let root = target.root;
-        let carriers = target.processes.values().filter(|process| process.patches().contains(&patch.id));
+        let carriers = target.processes.values().filter(|process| process.patches().contains(&id));
         let mut pids: Vec<i32> = carriers.map(|process| process.pid).collect();
         pids.sort_by_key(|&pid| pid != root);
         if pids.is_empty() {
-            break;
+            return Ok(reports);
         }
         let count = pids.len();
         // All of them before the first: an agent that dies between two of them leaves work that the next one can finish.
         for process in &pids {
             if let Some(process) = target.processes.get_mut(process) {
-                settle::begin(process, patch.id, &[])?;
+                settle::begin(process, id, &[])?;
             }
         }
         crate::fault::point("revert.announced");
@@ -59,18 +82,14 @@ pub fn revert(
             progress(Progress { step: format!("process {pid}"), fraction: Some(index as f64 / count as f64) });
             // Once one process is rid of it the others follow: there is no way back to all of them.
             let _to_the_end = (!reports.is_empty()).then(cancel::hold_off);
-            match from_process(process, images, observers, patch.id, terms) {
+            match from_process(process, images, observers, id, terms) {
                 Ok(report) => reports.push(report),
                 Err(failure) if !process.is_alive() => {
                     tracing::info!(pid, %failure, "a process ended while a patch was taken out");
                     target.processes.remove(&pid);
                 }
-                Err(failure) if reports.is_empty() => {
-                    settle::done(target);
-                    return Err(failure);
-                }
+                Err(failure) if reports.is_empty() => return Err(failure),
                 Err(failure) => {
-                    settle::done(target);
                     let message = format!("{}; {} process(es) are rid of it already", failure.message, reports.len());
                     let state = crate::report::TargetState::PartlyDone;
                     return Err(Failure { message, state, ..failure });
@@ -80,15 +99,32 @@ pub fn revert(
         // Children forked meanwhile from a process that still had it.
         target.discover()?;
     }
-    settle::done(target);
-    Ok(PatchReport {
-        patch,
-        processes: reports,
-        dry_run: false,
-        already: false,
-        total_us: micros_since(begin),
-        notes: Vec::new(),
-    })
+}
+
+/// Takes the patch `id` back out of processes that were not to have it after all; gives those in which it stays.
+pub fn take_back(
+    target: &mut Target,
+    pids: &[i32],
+    images: &mut ImageCache,
+    observers: &mut Observers,
+    id: PatchId,
+) -> Vec<String> {
+    let terms = Terms {
+        deadline: Instant::now() + TAKE_BACK_LIMIT,
+        limit: TAKE_BACK_LIMIT,
+        consistency: Consistency::Quiescent,
+    };
+    let mut kept = Vec::new();
+    for pid in pids {
+        let Some(process) = target.processes.get_mut(pid) else { continue };
+        if let Err(failure) = from_process(process, images, observers, id, terms)
+            && process.is_alive()
+        {
+            tracing::error!(pid, %failure, "a patch that was to be taken back stays");
+            kept.push(pid.to_string());
+        }
+    }
+    kept
 }
 
 fn choose(target: &Target, wanted: Option<&str>) -> Result<InstalledPatch, Failure> {
@@ -160,15 +196,10 @@ pub fn from_process(
         (Some(table), Some(object)) if !lazy => hooks::announce(process, &modules, table, object)?,
         _ => false,
     };
-    let exchange = match Exchange::prepare(process, goal, memory) {
-        Ok(exchange) => exchange,
-        Err(failure) => {
-            let _ = hooks::end_registration(process);
-            return Err(failure);
-        }
-    };
-    let mut checker = Checker::new(process, &modules, observers, vec![whole_code(&patch)]);
-    let done = transaction::run(process, exchange, &mut checker, terms, &patch.hooks.pre_revert);
+    let done = Exchange::prepare(process, goal, memory).and_then(|exchange| {
+        let mut checker = Checker::new(process, &modules, observers, vec![whole_code(&patch)]);
+        transaction::run(process, exchange, &mut checker, terms, &patch.hooks.pre_revert)
+    });
     if done.is_err() {
         let _ = hooks::end_registration(process);
     }

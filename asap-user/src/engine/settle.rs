@@ -11,16 +11,9 @@ use super::{
     process::TargetProcess,
     revert,
     target::Target,
-    transaction::Terms,
 };
 use crate::report::{Consistency, Failure, PatchId};
-use std::{
-    collections::BTreeSet,
-    time::{Duration, Instant},
-};
-
-/// Time for taking a half-finished patch out of one process. The administrator waits for the attach meanwhile.
-const LIMIT: Duration = Duration::from_secs(10);
+use std::collections::BTreeSet;
 
 /// Notes that `patch` is about to change in this process, and may not have in others; `replaced` go out for it.
 ///
@@ -139,16 +132,9 @@ pub fn after_adoption(target: &mut Target, images: &mut ImageCache, observers: &
     for id in half_done(target) {
         let patch = target.patches().into_iter().find(|patch| patch.id == id);
         let name = patch.map(|patch| patch.name).unwrap_or_default();
-        let terms = Terms { deadline: Instant::now() + LIMIT, limit: LIMIT, consistency: Consistency::Quiescent };
-        let mut kept = Vec::new();
-        for process in target.processes.values_mut().filter(|process| process.patches().contains(&id)) {
-            if let Err(failure) = revert::from_process(process, images, observers, id, terms)
-                && process.is_alive()
-            {
-                tracing::warn!(pid = process.pid, %failure, "a half-finished patch stays");
-                kept.push(process.pid.to_string());
-            }
-        }
+        let carriers = target.processes.values().filter(|process| process.patches().contains(&id));
+        let pids: Vec<i32> = carriers.map(|process| process.pid).collect();
+        let kept = revert::take_back(target, &pids, images, observers, id);
         let note = if kept.is_empty() {
             format!("patch {} ({name}) was in some processes only, since an agent died: it was taken out of all", id.0)
         } else {

@@ -1,14 +1,10 @@
 //! The processes of a target that got a patch, so that it can be taken out again while others may still refuse.
 
-use super::{check::Observers, modules::ImageCache, revert, settle, target::Target, transaction::Terms};
+use super::{check::Observers, modules::ImageCache, revert, settle, target::Target};
 use crate::{
     cancel,
-    report::{Consistency, Failure, PatchId, TargetState},
+    report::{Failure, PatchId, TargetState},
 };
-use std::time::{Duration, Instant};
-
-/// Time for taking a patch out again where a later process refused it.
-const ROLL_BACK_LIMIT: Duration = Duration::from_secs(10);
 
 /// What was done.
 #[derive(Debug)]
@@ -38,21 +34,7 @@ impl Undo {
         failure: Failure,
     ) -> Failure {
         let _to_the_end = cancel::hold_off();
-        let terms = Terms {
-            deadline: Instant::now() + ROLL_BACK_LIMIT,
-            limit: ROLL_BACK_LIMIT,
-            consistency: Consistency::Quiescent,
-        };
-        let mut kept = Vec::new();
-        for pid in &self.done {
-            let Some(process) = target.processes.get_mut(pid) else { continue };
-            if let Err(error) = revert::from_process(process, images, observers, self.id, terms)
-                && process.is_alive()
-            {
-                tracing::error!(pid, %error, "rolling back");
-                kept.push(pid.to_string());
-            }
-        }
+        let kept = revert::take_back(target, &self.done, images, observers, self.id);
         settle::done(target);
         if self.done.is_empty() {
             return failure;
