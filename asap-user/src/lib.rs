@@ -11,6 +11,7 @@ pub mod cli;
 pub mod dbt;
 pub mod engine;
 pub mod fault;
+mod hex;
 pub mod image;
 pub mod kernel;
 pub mod patch;

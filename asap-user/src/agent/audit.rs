@@ -3,7 +3,10 @@
 //!
 //! The file is opened for each record, so that log rotation needs no help; it is only ever appended to.
 
-use crate::report::{Failure, PatchFile, Reply, Request};
+use crate::{
+    hex::hex,
+    report::{Failure, PatchFile, Reply, Request},
+};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::{
@@ -236,7 +239,7 @@ impl Record {
 
 impl FileDigest {
     fn of(file: &PatchFile) -> Self {
-        let sha256 = Sha256::digest(&file.bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        let sha256 = hex(&Sha256::digest(&file.bytes));
         Self { name: shortened(&file.name), sha256 }
     }
 }

@@ -123,8 +123,7 @@ impl Analysis {
 
     /// The part of a function that holds `at`.
     pub(super) fn part_at(&self, at: u64) -> Option<&Part> {
-        let next = self.parts.partition_point(|part| part.range.start <= at);
-        self.parts[..next].last().filter(|part| part.range.contains(&at))
+        self.part_index(at).map(|index| &self.parts[index])
     }
 
     fn part_index(&self, at: u64) -> Option<usize> {

@@ -18,6 +18,7 @@ use super::{
     undo::Undo,
 };
 use crate::{
+    hex::hex,
     patch::{PatchObject, manifest::Manifest},
     quiesce::observe::Region,
     report::{
@@ -131,7 +132,7 @@ fn identity(target: &Target, wanted: &Wanted<'_>) -> PatchIdentity {
         base.rsplit_once('.').map_or(base, |(stem, _)| stem).to_owned()
     };
     let told = || wanted.manifest.map(|manifest| manifest.name.clone());
-    let sha256: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    let sha256 = hex(&hash.finalize());
     // The same patch file once more is for those processes only that lack it.
     let known = target.patches().into_iter().find(|patch| wanted.manifest.is_some() && patch.sha256 == sha256);
     PatchIdentity {
@@ -180,7 +181,7 @@ impl Work<'_> {
             None => None,
         };
         if let Some((home, build)) = home {
-            modules[home].tell(&patch_file::symbols(build));
+            images.tell(&mut modules[home], &patch_file::symbols(build));
         }
         let only = home.map(|(home, _)| home);
         let functions =

@@ -39,13 +39,6 @@ impl Module {
     pub fn file_name(&self) -> &str {
         self.path.rsplit('/').next().unwrap_or(&self.path)
     }
-
-    /// Adds symbols that somebody knows who has seen this build unstripped.
-    pub fn tell(&mut self, symbols: &[Symbol]) {
-        if let Some(image) = self.image.with_told(symbols).filter(|_| !symbols.is_empty()) {
-            self.image = Arc::new(image);
-        }
-    }
 }
 
 /// Identity of a file as it is mapped.
@@ -106,17 +99,32 @@ impl ImageCache {
             let paths = [format!("/proc/{pid}/root{candidate}"), candidate];
             let Some(bytes) = paths.iter().find_map(|path| fs::read(path).ok()) else { continue };
             if let Ok(image) = module.image.with_symbols_from(&bytes) {
-                let image = Arc::new(image);
-                for known in self.images.values_mut().filter(|known| Arc::ptr_eq(known, &module.image)) {
-                    *known = Arc::clone(&image);
-                }
-                module.image = image;
+                self.replace(module, image);
                 self.without_debug.insert(module.path.clone());
                 return true;
             }
         }
         self.without_debug.insert(module.path.clone());
         false
+    }
+
+    /// Adds symbols to a module that somebody knows who has seen this build unstripped. They hold for all processes that map it,
+    /// until [`Self::clear`].
+    pub fn tell(&mut self, module: &mut Module, symbols: &[Symbol]) {
+        if module.image.told() != symbols
+            && let Ok(image) = module.image.with_told(symbols)
+        {
+            self.replace(module, image);
+        }
+    }
+
+    /// `image` takes the place of the module's, here and for other processes.
+    fn replace(&mut self, module: &mut Module, image: Image) {
+        let image = Arc::new(image);
+        for known in self.images.values_mut().filter(|known| Arc::ptr_eq(known, &module.image)) {
+            *known = Arc::clone(&image);
+        }
+        module.image = image;
     }
 
     /// The modules of a process, executable first, then in the order of its linker's list. `ours` says which mappings are

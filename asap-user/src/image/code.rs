@@ -1,7 +1,7 @@
 //! What whoever rewrites the code of an image asks of it: which addresses of code its data holds, where exceptions land, and
 //! where only the return address lies on the stack. Not for looking up single functions.
 
-use super::{Image, dynamic::RelocatedPointers};
+use super::Image;
 use crate::address::ImageOffset;
 use std::ops::Range;
 
@@ -12,7 +12,7 @@ impl Image {
     pub fn code_pointers(&self) -> Vec<ImageOffset> {
         let executable: Vec<Range<u64>> = self.segments.iter().filter(|s| s.executable).map(|s| s.mapped()).collect();
         let is_code = |at: &u64| executable.iter().any(|range| range.contains(at));
-        let RelocatedPointers(mut found) = self.dynamic.relocated_pointers(self);
+        let mut found = self.dynamic.relocated_pointers(self);
         found.retain(is_code);
         // Programs at a fixed address need no relocations; where there are DT_RELR ones the value is in place too.
         for segment in self.segments.iter().filter(|segment| !segment.executable) {

@@ -42,10 +42,16 @@ impl Image {
     /// # Errors
     /// It belongs to another build, or is damaged.
     pub fn with_symbols_from(&self, debug_file: &[u8]) -> Result<Self, ImageError> {
+        let mut image = self.without_index()?;
+        image.add_symbols_from(debug_file)?;
+        Ok(image)
+    }
+
+    /// The same image once more, with the symbols that were added to it, and not indexed yet.
+    pub(super) fn without_index(&self) -> Result<Self, ImageError> {
         let mut image = Self::parse(&self.name, self.bytes.clone())?;
         image.debug.clone_from(&self.debug);
         image.told.clone_from(&self.told);
-        image.add_symbols_from(debug_file)?;
         Ok(image)
     }
 

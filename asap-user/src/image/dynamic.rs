@@ -47,34 +47,36 @@ impl Dynamic {
 
     /// Slots into which the linker writes an address within the image, and that address (R_X86_64_RELATIVE).
     pub(super) fn relative_pointers(&self, image: &Image) -> Vec<(ImageOffset, ImageOffset)> {
-        let (Some(at), Some(size)) = (self.value(elf::DT_RELA), self.value(elf::DT_RELASZ)) else { return Vec::new() };
-        let Some(bytes) = image.file_tail(ImageOffset(at)) else { return Vec::new() };
-        let bytes = &bytes[..bytes.len().min(usize::try_from(size).unwrap_or(usize::MAX))];
-        let (entries, _) = bytes.as_chunks::<24>();
-        let words = entries.iter().map(|entry| {
-            let word = |index: usize| entry[index..index + 8].try_into().map_or(0, u64::from_le_bytes);
-            (word(0), word(8), word(16))
-        });
-        let relative = words.filter(|&(_, info, _)| elf::RelocationType(info as u32) == elf::R_X86_64_RELATIVE);
+        let relocations = self.relocations(image, elf::DT_RELA, elf::DT_RELASZ);
+        let relative = relocations.filter(|&(_, kind, _)| kind == elf::R_X86_64_RELATIVE);
         relative.map(|(slot, _, target)| (ImageOffset(slot), ImageOffset(target))).collect()
     }
 
-    /// Addresses within the image that the linker writes into slots which no symbol names.
-    pub(super) fn relocated_pointers(&self, image: &Image) -> RelocatedPointers {
-        let mut found = Vec::new();
-        for (at, size) in [(elf::DT_RELA, elf::DT_RELASZ), (elf::DT_JMPREL, elf::DT_PLTRELSZ)] {
-            let (Some(at), Some(size)) = (self.value(at), self.value(size)) else { continue };
-            let Some(bytes) = image.file_tail(ImageOffset(at)) else { continue };
-            let bytes = &bytes[..bytes.len().min(usize::try_from(size).unwrap_or(usize::MAX))];
-            for entry in bytes.chunks_exact(24) {
-                let word = |index: usize| entry[index..index + 8].try_into().map_or(0, u64::from_le_bytes);
-                let kind = elf::RelocationType(word(8) as u32);
-                if [elf::R_X86_64_RELATIVE, elf::R_X86_64_IRELATIVE].contains(&kind) {
-                    found.push(word(16));
-                }
-            }
-        }
-        RelocatedPointers(found)
+    /// Addresses within the image that the linker writes into slots which no symbol names, in no order.
+    pub(super) fn relocated_pointers(&self, image: &Image) -> Vec<u64> {
+        let tables = [(elf::DT_RELA, elf::DT_RELASZ), (elf::DT_JMPREL, elf::DT_PLTRELSZ)];
+        let relocations = tables.into_iter().flat_map(|(at, size)| self.relocations(image, at, size));
+        let kinds = [elf::R_X86_64_RELATIVE, elf::R_X86_64_IRELATIVE];
+        relocations.filter(|(_, kind, _)| kinds.contains(kind)).map(|(.., target)| target).collect()
+    }
+
+    /// Slot, type and addend of each relocation in a table (gABI, Elf64_Rela).
+    fn relocations<'a>(
+        &self,
+        image: &'a Image,
+        at: elf::DynamicTag,
+        size: elf::DynamicTag,
+    ) -> impl Iterator<Item = (u64, elf::RelocationType, u64)> + use<'a> {
+        let table = self.value(at).zip(self.value(size));
+        let bytes = table.and_then(|(at, size)| {
+            let bytes = image.file_tail(ImageOffset(at))?;
+            Some(&bytes[..bytes.len().min(usize::try_from(size).unwrap_or(usize::MAX))])
+        });
+        let (entries, _) = bytes.unwrap_or_default().as_chunks::<24>();
+        entries.iter().map(|entry| {
+            let word = |index: usize| entry[index..index + 8].try_into().map_or(0, u64::from_le_bytes);
+            (word(0), elf::RelocationType(word(8) as u32), word(16))
+        })
     }
 
     /// Adds the dynamic symbols to `table`, and lists the slots.
@@ -134,9 +136,6 @@ fn symbol_count(gnu: Option<&[u8]>, sysv: Option<&[u8]>) -> Option<usize> {
     }
     Some(index + 1)
 }
-
-/// Addresses that the linker stores, in no order.
-pub(super) struct RelocatedPointers(pub(super) Vec<u64>);
 
 /// Slots of imported symbols, by name.
 #[derive(Default)]

@@ -27,7 +27,7 @@ pub use segments::{Segment, TlsSegment};
 pub use symbols::{Binding, Symbol, SymbolKind};
 pub use unwind::UnwindSections;
 
-use crate::address::ImageOffset;
+use crate::{address::ImageOffset, hex::hex};
 use dynamic::{Dynamic, Slots};
 use std::sync::OnceLock;
 use symbols::SymbolTable;
@@ -128,7 +128,7 @@ impl Image {
     /// The build-id in hex.
     #[must_use]
     pub fn build_id_hex(&self) -> Option<String> {
-        self.build_id().map(|id| id.iter().map(|byte| format!("{byte:02x}")).collect())
+        self.build_id().map(hex)
     }
 
     /// ET_DYN.

@@ -1,23 +1,27 @@
 //! Symbols of an image that its own tables lack and that somebody else tells: the manifest of a patch file, which knows them
 //! from a build that was not stripped.
 
-use super::{Binding, Image, ImageBytes, Symbol, bytes::Strings, symbols::SymbolTable};
-use std::sync::OnceLock;
+use super::{Binding, Image, ImageBytes, ImageError, Symbol, bytes::Strings, symbols::SymbolTable};
 
 impl Image {
-    /// This image with `symbols` besides its own. Who tells them has made sure that they are of this very build.
+    /// The symbols that it was told.
     #[must_use]
-    pub fn with_told(&self, symbols: &[Symbol]) -> Option<Self> {
-        let mut image = Self::parse(&self.name, self.bytes.clone()).ok()?;
-        image.debug.clone_from(&self.debug);
-        image.told.clone_from(&self.told);
+    pub fn told(&self) -> &[Symbol] {
+        &self.told
+    }
+
+    /// This image with `symbols` besides its own. Who tells them has made sure that they are of this very build.
+    ///
+    /// # Errors
+    /// As [`Image::parse`].
+    pub fn with_told(&self, symbols: &[Symbol]) -> Result<Self, ImageError> {
+        let mut image = self.without_index()?;
         image.told.extend(symbols.iter().cloned().map(|symbol| Symbol {
             binding: Binding::Local,
             exported: false,
             ..symbol
         }));
-        image.index = OnceLock::new();
-        Some(image)
+        Ok(image)
     }
 }
 

@@ -11,7 +11,7 @@ mod elf;
 mod tests;
 
 use super::Hooks;
-use crate::address::ImageOffset;
+use crate::{address::ImageOffset, hex::hex};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -240,7 +240,7 @@ pub enum ManifestError {
 /// Lower-case hex of a SHA-256, as in manifests.
 #[must_use]
 pub fn sha256_hex(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    hex(&Sha256::digest(bytes))
 }
 
 /// The object file `object` with a section that holds `manifest`. The same input gives the same bytes.
@@ -290,8 +290,7 @@ pub fn read(file: &[u8]) -> Result<Option<Manifest>, ManifestError> {
     let at = section.start + digits_at(found);
     let zeros = [b'0'; DIGITS];
     let digest = Sha256::new().chain_update(&file[..at]).chain_update(zeros).chain_update(&file[at + DIGITS..]);
-    let digest: String = digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-    if digest != checksum {
+    if hex(&digest.finalize()) != checksum {
         return Err(ManifestError::Tampered);
     }
     let manifest: Manifest = serde_json::from_str(json).map_err(|error| ManifestError::Damaged(error.to_string()))?;
