@@ -17,5 +17,7 @@ pub mod kernel;
 pub mod patch;
 pub mod process;
 pub mod quiesce;
+#[cfg(test)]
+mod random;
 pub mod report;
 pub mod watchdog;

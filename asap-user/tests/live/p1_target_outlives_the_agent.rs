@@ -62,7 +62,7 @@ fn p1_agents_killed_at_random_times_harm_nothing() {
         let patched = !lab.status().targets[0].patches.is_empty();
         let command = if patched { vec!["revert"] } else { vec!["patch", "--function", "victim", &fix] };
         let child = lab.start(&command);
-        std::thread::sleep(Duration::from_micros(random.below(60_000)));
+        std::thread::sleep(Duration::from_micros(random.below(60_000) as u64));
         kill(agent);
         lab.wait_for_the_end_of(agent);
         completed += i32::from(lab_answer(child).code == 0);

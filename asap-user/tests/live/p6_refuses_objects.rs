@@ -116,7 +116,7 @@ fn p6_objects_with_random_damage_never_harm() {
     for round in 0..60 {
         let mut damaged = bytes.clone();
         for _ in 0..1 + random.below(12) {
-            let at = random.below(damaged.len() as u64) as usize;
+            let at = random.below(damaged.len());
             damaged[at] = random.below(256) as u8;
         }
         let path = lab.path("damaged.o");

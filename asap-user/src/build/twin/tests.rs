@@ -2,28 +2,8 @@
 //! said before. A single symbol at a wrong place fails.
 
 use super::*;
+use crate::random::Random;
 use std::{collections::BTreeMap, fmt::Write, path::Path, process::Command};
-
-/// xorshift64*, from a seed that is printed.
-struct Random(u64);
-
-impl Random {
-    fn new() -> Self {
-        let given = std::env::var("ASAP_TEST_SEED").ok().and_then(|text| text.parse().ok());
-        let now =
-            || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(1, |t| t.as_nanos() as u64);
-        let seed: u64 = given.unwrap_or_else(now).max(1);
-        println!("seed: ASAP_TEST_SEED={seed}");
-        Self(seed)
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % limit
-    }
-}
 
 // Functions are `noipa`: else their code depends on which others the compiler has seen before.
 /// A program of many static functions: some alike but for what they refer to, some alike in all, some called only by way

@@ -1,7 +1,7 @@
 //! Images that were damaged, or made to hurt: an error or less knowledge, in bounded time, and never a panic.
 
 use super::*;
-use crate::address::TargetAddr;
+use crate::{address::TargetAddr, random::Random};
 use std::time::{Duration, Instant};
 
 /// Asks everything that can be asked.
@@ -29,18 +29,6 @@ fn interrogate(bytes: Vec<u8>) {
     }
 }
 
-/// Xorshift: small, and repeatable from its seed.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 % limit.max(1) as u64) as usize
-    }
-}
-
 #[test]
 fn damaged_images_cost_nothing_but_an_error() {
     let shop = two_files(&[]);
@@ -48,11 +36,7 @@ fn damaged_images_cost_nothing_but_an_error() {
     let files = ["program", "bare"].map(|name| fs::read(shop.path(name)).expect("built"));
     // Where the tables are that are followed: headers, the dynamic section and what it names, unwind tables, symbols.
     let tables: Vec<Vec<(usize, usize)>> = ["program", "bare"].map(|name| sections(&shop, name)).to_vec();
-    let seed = std::env::var("ASAP_TEST_SEED").ok().and_then(|seed| seed.parse().ok());
-    let now = || std::time::UNIX_EPOCH.elapsed().map_or(1, |time| time.as_nanos() as u64) | 1;
-    let seed: u64 = seed.unwrap_or_else(now);
-    println!("to repeat: ASAP_TEST_SEED={seed}");
-    let mut random = Random(seed);
+    let mut random = Random::new();
     let extremes: [u64; 8] = [0, 1, 0x7fff_ffff, 0xffff_ffff, 1 << 63, u64::MAX, u64::MAX - 0x1000, 0x4000_0000];
     let end = Instant::now() + Duration::from_secs(20);
     for round in 0..6000 {

@@ -1,8 +1,8 @@
 //! Damaged objects: an error or a result, never a panic. ASAP_TEST_SEED repeats a run.
 
 use super::harness::compile;
-use crate::address::TargetAddr;
 use crate::patch::{Bases, Import, ImportKind, PatchObject, Resolution, Resolver, prologue};
+use crate::{address::TargetAddr, random::Random};
 use std::panic::catch_unwind;
 
 /// Has everything.
@@ -19,30 +19,6 @@ impl Resolver for Everything {
     fn original(&self, _: &str) -> Option<TargetAddr> {
         Some(TargetAddr(0x5000_1000))
     }
-}
-
-/// xorshift64*
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        (self.next() % limit.max(1) as u64) as usize
-    }
-}
-
-fn seed() -> u64 {
-    let given = std::env::var("ASAP_TEST_SEED").ok().and_then(|s| s.parse().ok());
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970");
-    let seed = given.unwrap_or(now.as_nanos() as u64) | 1;
-    eprintln!("ASAP_TEST_SEED={seed}");
-    seed
 }
 
 fn use_all(bytes: Vec<u8>) -> bool {
@@ -79,8 +55,8 @@ fn samples() -> Vec<Vec<u8>> {
 
 #[test]
 fn damaged_objects_never_panic() {
-    let seed = seed();
-    let mut random = Random(seed);
+    let mut random = Random::new();
+    let seed = random.seed;
     let samples = samples();
     for sample in &samples {
         assert!(use_all(sample.clone()), "undamaged, it links");
@@ -119,8 +95,8 @@ fn damaged_objects_never_panic() {
 
 #[test]
 fn random_bytes_as_prologues_never_panic() {
-    let seed = seed();
-    let mut random = Random(seed);
+    let mut random = Random::new();
+    let seed = random.seed;
     let mut moved = 0;
     for round in 0..50_000 {
         let code: Vec<u8> = (0..random.below(40)).map(|_| random.next() as u8).collect();

@@ -3,10 +3,14 @@
 
 mod fixture;
 mod lab;
+#[allow(dead_code)]
+#[path = "../../../src/random.rs"]
+mod random;
 mod snapshot;
 
 pub use fixture::{Fixture, Source};
 pub use lab::{Answer, Lab, answer as lab_answer, program};
+pub use random::Random;
 pub use snapshot::{Snapshot, WatchedMaps, maps, memory_at, thread_count};
 
 use std::{
@@ -47,27 +51,4 @@ pub fn is_stopped(pid: i32) -> bool {
 pub fn kill(pid: i32) {
     assert!(pid > 1, "a pid of a process that was started here");
     let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::SIGKILL);
-}
-
-/// Random numbers that can be had again: xorshift64*, from a seed that is printed.
-pub struct Random(u64);
-
-impl Random {
-    /// Takes its seed from `ASAP_TEST_SEED`, else from the clock.
-    pub fn new() -> Self {
-        let given = std::env::var("ASAP_TEST_SEED").ok().and_then(|text| text.parse().ok());
-        let now =
-            || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(1, |t| t.as_nanos() as u64);
-        let seed: u64 = given.unwrap_or_else(now).max(1);
-        println!("seed: ASAP_TEST_SEED={seed}");
-        Self(seed)
-    }
-
-    /// A number below `limit`.
-    pub fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % limit
-    }
 }
