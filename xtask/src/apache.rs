@@ -1,7 +1,8 @@
 //! Debian's own Apache with a private configuration: event MPM, three children of 25 threads as www-data, a loopback port.
 
 use crate::{http, owned::Owned};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
+use asap::process::info;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -13,7 +14,7 @@ use std::{
     os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 /// The program.
@@ -76,25 +77,16 @@ impl Apache {
         let mut apache = Command::new(PROGRAM);
         apache.args(["-DFOREGROUND", "-f"]).arg(&file).stdin(Stdio::null()).stdout(Stdio::null());
         let mut apache = Self { parent: Owned::spawn(&mut apache)?, log, ranges_log, address };
-        apache.wait_until("serves with all children", |apache| {
-            apache.children().len() == CHILDREN && http::get(address, FILE, &[]).is_ok_and(|a| a.status == 200)
+        apache.wait_until("serves with all children", |parent| {
+            workers(parent).len() == CHILDREN && http::get(address, FILE, &[]).is_ok_and(|a| a.status == 200)
         })?;
         Ok(apache)
     }
 
-    fn wait_until(&mut self, what: &str, holds: impl Fn(&Self) -> bool) -> Result<()> {
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while !holds(self) {
-            let log = || fs::read_to_string(&self.log).unwrap_or_default();
-            if let Some(status) = self.parent.ended()? {
-                bail!("apache2 ended with {status}: {}", log());
-            }
-            if Instant::now() > deadline {
-                bail!("still not: apache2 {what}: {}", log());
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        Ok(())
+    fn wait_until(&mut self, what: &str, holds: impl Fn(i32) -> bool) -> Result<()> {
+        let (pid, log) = (self.pid(), self.log.clone());
+        let words = || fs::read_to_string(&log).unwrap_or_default();
+        self.parent.until(what, || holds(pid), words).context("apache2")
     }
 
     /// Process id of the parent.
@@ -104,11 +96,7 @@ impl Apache {
 
     /// Its worker processes with all their threads.
     pub fn children(&self) -> Vec<i32> {
-        let pid = self.pid();
-        let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-        let all = text.split_ascii_whitespace().filter_map(|word| word.parse().ok());
-        // A helper of asap's is a child, too, but not a worker: it has one thread.
-        all.filter(|&child| threads(child) > THREADS).collect()
+        workers(self.pid())
     }
 
     /// The parent and its workers.
@@ -134,13 +122,18 @@ impl Apache {
     pub fn restart_gracefully(&mut self) -> Result<()> {
         let old = self.children();
         kill(Pid::from_raw(self.pid()), Signal::SIGUSR1).context("apache2 can't be signalled")?;
-        self.wait_until("has replaced its children", |apache| {
-            let new = apache.children();
+        self.wait_until("has replaced its children", |parent| {
+            let new = workers(parent);
             new.len() == CHILDREN
                 && new.iter().all(|pid| !old.contains(pid))
                 && old.iter().all(|&pid| threads(pid) == 0)
         })
     }
+}
+
+fn workers(parent: i32) -> Vec<i32> {
+    // A helper of asap's is a child, too, but not a worker: it has one thread.
+    info::children(parent).into_iter().filter(|&child| threads(child) > THREADS).collect()
 }
 
 /// Number of threads of a process.

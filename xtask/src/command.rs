@@ -40,24 +40,48 @@ pub fn hear_signals(command: &mut Command) {
 /// Builds `asap` and gives its path.
 pub fn build_asap(release: bool, features: &[&str]) -> Result<PathBuf> {
     let mut build = cargo();
-    build.args(["build", "--package", "asap-user", "--bin", "asap", "--message-format=json-render-diagnostics"]);
+    build.args(["build", "--package", "asap-user", "--bin", "asap"]);
     if release {
         build.arg("--release");
     }
     if !features.is_empty() {
         build.args(["--features", &features.join(",")]);
     }
-    build.stderr(std::process::Stdio::inherit());
-    let output = build.output().context("cargo can't be started")?;
+    let built = executables(build)?.pop();
+    Ok(built.context("cargo did not say where the binary is")?.path)
+}
+
+/// A program that cargo has built.
+pub struct Executable {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Its target's name.
+    pub name: String,
+    /// Its target's kind: bin, lib, test.
+    pub kind: String,
+    /// It is a test program.
+    pub is_test: bool,
+}
+
+/// Runs `cargo build`, or `cargo test --no-run`, and gives the programs that come of it.
+pub fn executables(mut cargo: Command) -> Result<Vec<Executable>> {
+    cargo.arg("--message-format=json-render-diagnostics").stderr(std::process::Stdio::inherit());
+    let output = cargo.output().context("cargo can't be started")?;
     if !output.status.success() {
-        bail!("asap does not build");
+        bail!("{cargo:?} ended with {}", output.status);
     }
-    let messages = String::from_utf8_lossy(&output.stdout);
-    let executable = messages.lines().rev().find_map(|line| {
-        let message: serde_json::Value = serde_json::from_str(line).ok()?;
-        Some(message.get("executable")?.as_str()?.to_owned())
-    });
-    Ok(executable.context("cargo did not say where the binary is")?.into())
+    let text = String::from_utf8_lossy(&output.stdout);
+    let messages = text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let word = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
+    let executable = |message: serde_json::Value| {
+        Some(Executable {
+            path: message["executable"].as_str()?.into(),
+            name: word(&message["target"]["name"]),
+            kind: word(&message["target"]["kind"][0]),
+            is_test: message["profile"]["test"].as_bool() == Some(true),
+        })
+    };
+    Ok(messages.filter_map(executable).collect())
 }
 
 /// Whether we are root.

@@ -1,7 +1,7 @@
 //! Processes and folders of a run: they end with it, whichever way it ends. Signals are sent by pid, to processes that were
 //! started here and have not been waited for yet: such a pid can't have been given to anybody else.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail, ensure};
 use nix::{
     errno::Errno,
     sys::{
@@ -116,6 +116,20 @@ impl Owned {
     /// Its standard output, once.
     pub fn stdout(&mut self) -> Option<ChildStdout> {
         self.0.stdout.take()
+    }
+
+    /// Waits until something holds, 20 s at most. `words` are what the process has said of itself, for the error when it ends or
+    /// does not come to it.
+    pub fn until(&mut self, what: &str, mut holds: impl FnMut() -> bool, words: impl Fn() -> String) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !holds() {
+            if let Some(status) = self.ended()? {
+                bail!("it ended with {status} before it {what}: {}", words());
+            }
+            ensure!(Instant::now() < deadline, "still not: it {what}: {}", words());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
     }
 
     /// How it ended, if it has.

@@ -128,35 +128,22 @@ fn target_folder() -> Result<PathBuf> {
 /// Builds the test programs, as `cargo xtask test` does, and what runs in guests.
 fn build() -> Result<Build> {
     let mut cargo = command::cargo();
-    cargo.args(["test", "--workspace", "--all-features", "--no-run", "--message-format=json-render-diagnostics"]);
-    let output = cargo.stderr(Stdio::inherit()).output().context("cargo can't be started")?;
-    ensure!(output.status.success(), "the tests do not build");
+    cargo.args(["test", "--workspace", "--all-features", "--no-run"]);
+    let mut built = command::executables(cargo)?;
+    // No test needs the guest's program, so that cargo may not build it with them.
+    let mut cargo = command::cargo();
+    cargo.args(["build", "--package", "vm-tests"]);
+    built.extend(command::executables(cargo)?);
     let (mut tests, mut asap, mut guest) = (Vec::new(), None, None);
-    for line in String::from_utf8_lossy(&output.stdout).lines() {
-        let Ok(message) = serde_json::from_str::<serde_json::Value>(line) else { continue };
-        let Some(executable) = message["executable"].as_str().map(PathBuf::from) else { continue };
-        let (name, kind) = (message["target"]["name"].as_str(), message["target"]["kind"][0].as_str());
-        let is_test = message["profile"]["test"].as_bool() == Some(true);
-        match (name, kind, is_test) {
-            (Some("asap"), Some("bin"), false) => asap = Some(executable),
-            (Some("asap-vm-guest"), Some("bin"), false) => guest = Some(executable),
-            (Some("asap"), Some("lib"), true) | (Some("live" | "command_line"), Some("test"), true) => {
-                tests.push(executable);
-            }
+    for executable in built {
+        match (executable.name.as_str(), executable.kind.as_str(), executable.is_test) {
+            ("asap", "bin", false) => asap = Some(executable.path),
+            ("asap-vm-guest", "bin", false) => guest = Some(executable.path),
+            ("asap", "lib", true) | ("live" | "command_line", "test", true) => tests.push(executable.path),
             _ => (),
         }
     }
     let missing = "cargo did not say where it is";
-    if guest.is_none() {
-        // No test needs it, so that cargo does not build it with them.
-        let mut cargo = command::cargo();
-        cargo.args(["build", "--package", "vm-tests", "--message-format=json-render-diagnostics"]);
-        let output = cargo.stderr(Stdio::inherit()).output()?;
-        ensure!(output.status.success(), "the guest's program does not build");
-        let text = String::from_utf8_lossy(&output.stdout);
-        let messages = text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-        guest = messages.filter_map(|message| message["executable"].as_str().map(PathBuf::from)).next();
-    }
     Ok(Build { tests, asap: asap.context(missing)?, guest: guest.context(missing)? })
 }
 

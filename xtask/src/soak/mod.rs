@@ -45,16 +45,6 @@ pub struct Options {
     output: PathBuf,
 }
 
-/// Waits until something holds, 20 s at most.
-fn until(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !holds()? {
-        ensure!(Instant::now() < deadline, "still not: {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Ok(())
-}
-
 /// A patch that can be put in.
 struct Patch {
     /// Its object's name, without the extension: also its name in the agent.

@@ -1,8 +1,8 @@
 //! Debian's own nginx with a private configuration: a master and two workers as www-data, a loopback port.
 
-use super::until;
 use crate::{http, owned::Owned};
 use anyhow::{Context, Result};
+use asap::process::info;
 use std::{
     fs,
     net::{Ipv4Addr, SocketAddr, TcpListener},
@@ -44,12 +44,12 @@ impl Nginx {
         // Messages from before the configuration is read go there, too.
         command.args(["-e"]).arg(at.join("error.log")).arg("-c").arg(&file).stdin(Stdio::null()).stdout(Stdio::null());
         let mut nginx = Self { master: Owned::spawn(&mut command)?, address };
-        until("nginx serves", || {
-            if let Some(status) = nginx.master.ended()? {
-                anyhow::bail!("nginx ended with {status}: {}", fs::read_to_string(at.join("error.log"))?);
-            }
-            Ok(nginx.processes().len() == WORKERS + 1 && http::get(address, FILE, &[]).is_ok_and(|a| a.status == 200))
-        })?;
+        let (pid, log) = (nginx.pid(), || fs::read_to_string(at.join("error.log")).unwrap_or_default());
+        let serves = || {
+            processes(pid).len() == WORKERS + 1
+                && http::get(address, FILE, &[]).is_ok_and(|answer| answer.status == 200)
+        };
+        nginx.master.until("serves with all workers", serves, log).context("nginx")?;
         Ok(nginx)
     }
 
@@ -60,14 +60,7 @@ impl Nginx {
 
     /// The master and its workers.
     pub fn processes(&self) -> Vec<i32> {
-        let pid = self.pid();
-        let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-        let all = text.split_ascii_whitespace().filter_map(|word| word.parse().ok());
-        // A helper of asap's runs nothing of its own: its command line is the master's.
-        let is_worker = |pid: &i32| {
-            fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.contains("worker process"))
-        };
-        all.filter(is_worker).chain([pid]).collect()
+        processes(self.pid())
     }
 
     /// A header of an answer to a request for the page.
@@ -75,4 +68,12 @@ impl Nginx {
         let answer = http::get(self.address, FILE, &[])?;
         Ok(answer.header(name).with_context(|| format!("nginx's answer has no {name}"))?.to_owned())
     }
+}
+
+fn processes(master: i32) -> Vec<i32> {
+    // A helper of asap's runs nothing of its own: its command line is the master's.
+    let is_worker = |pid: &i32| {
+        fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.contains("worker process"))
+    };
+    info::children(master).into_iter().filter(is_worker).chain([master]).collect()
 }

@@ -1,8 +1,7 @@
 //! Debian's own Redis with a private configuration, and clients that check every answer.
 
-use super::until;
 use crate::owned::Owned;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use std::{
     fs,
     io::{BufRead, BufReader, Read, Write},
@@ -39,12 +38,8 @@ impl Redis {
         command.args(["--bind", "127.0.0.1", "--port", &port, "--save", "", "--appendonly", "no"]);
         command.args(["--daemonize", "no", "--dir"]).arg(&at).stdin(Stdio::null()).stdout(Stdio::null());
         let mut redis = Self { server: Owned::spawn(&mut command)?, address };
-        until("redis answers", || {
-            if let Some(status) = redis.server.ended()? {
-                bail!("redis-server ended with {status}");
-            }
-            Ok(Client::connect(address).and_then(|mut client| client.ask(&["PING"])).is_ok())
-        })?;
+        let answers = || Client::connect(address).and_then(|mut client| client.ask(&["PING"])).is_ok();
+        redis.server.until("answers", answers, String::new).context("redis-server")?;
         Ok(redis)
     }
 
