@@ -5,6 +5,7 @@ use crate::{
     address::{LoadBias, TargetAddr},
     image::{Image, ImageBytes, Symbol},
     process::{
+        info::living_thread,
         maps::{Mapping, Maps},
         memory::Memory,
     },
@@ -75,7 +76,7 @@ impl ImageCache {
             return Some(Arc::clone(image));
         }
         // By the mapping, not by name: the name may lead to another file by now, or be another namespace's.
-        let file = fs::File::open(mapping.map_file(pid)).ok()?;
+        let file = fs::File::open(mapping.map_file(living_thread(pid)?)).ok()?;
         let length = file.metadata().ok()?.len();
         let bytes = if length <= READ_MOST {
             let mut bytes = Vec::with_capacity(length as usize);
@@ -94,9 +95,10 @@ impl ImageCache {
         if !module.is_file || self.without_debug.contains(&module.path) {
             return false;
         }
+        let tid = living_thread(pid).unwrap_or(pid);
         for candidate in module.image.debug_file_candidates() {
             // In the target's root first: a container carries its own debug files.
-            let paths = [format!("/proc/{pid}/root{candidate}"), candidate];
+            let paths = [format!("/proc/{tid}/root{candidate}"), candidate];
             let Some(bytes) = paths.iter().find_map(|path| fs::read(path).ok()) else { continue };
             if let Ok(image) = module.image.with_symbols_from(&bytes) {
                 self.replace(module, image);
@@ -182,7 +184,8 @@ const DT_DEBUG: u64 = 21;
 /// Addresses of the modules' dynamic sections in the order of the target's linker: executable first. Read from `r_debug`
 /// (gABI DT_DEBUG; glibc's `struct link_map`). Empty for static programs.
 fn search_order(pid: i32, modules: &[Module], memory: &Memory) -> Vec<TargetAddr> {
-    let executable = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+    let tid = living_thread(pid).unwrap_or(pid);
+    let executable = fs::read_link(format!("/proc/{tid}/exe")).unwrap_or_default();
     let executable = executable.to_string_lossy();
     let executable = executable.strip_suffix(" (deleted)").unwrap_or(&executable);
     let Some(first) = modules.iter().find(|m| m.path == executable).and_then(dynamic_section) else {

@@ -9,7 +9,7 @@ use crate::{
     address::{PAGE_SIZE, TargetAddr},
     process::{
         gate::Gatekeeper,
-        info::{self, ProcessInfo},
+        info,
         inject::Gadgets,
         maps::Maps,
         memory::Memory,
@@ -205,9 +205,9 @@ impl TargetProcess {
     /// execve(2) gives a process a new address space; the puppet keeps the old one.
     fn has_its_memory(&self) -> bool {
         // Where the kernel can't compare it is taken for the same. A main thread that has ended before the others has no address
-        // space any more, which says nothing.
-        info::share_memory(self.pid, self.puppet.pid()) != Some(false)
-            || ProcessInfo::of(self.pid).is_ok_and(|info| info.state == 'Z')
+        // space any more; another thread has.
+        let shares = |tid| info::share_memory(tid, self.puppet.pid()) != Some(false);
+        shares(self.pid) || info::living_thread(self.pid).is_none_or(shares)
     }
 
     /// Lets go of a process that is not alive any more. One that runs another program now is rid of its dead helper.

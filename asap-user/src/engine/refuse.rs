@@ -1,6 +1,9 @@
 //! What can't be a target, said before anything is touched (P6).
 
-use crate::{process::info::ProcessInfo, report::Failure};
+use crate::{
+    process::info::{self, ProcessInfo},
+    report::Failure,
+};
 use std::{fs, io, io::Read};
 
 /// Checks that `pid` can be a target at all.
@@ -26,7 +29,7 @@ pub fn check(pid: i32) -> Result<ProcessInfo, Failure> {
     if pid == std::process::id() as i32 {
         return Err(Failure::refused(format!("process {pid} is the asap agent itself"), "name another process"));
     }
-    if matches!(info.state, 'Z' | 'X') {
+    let Some(tid) = info::living_thread(pid) else {
         return Err(Failure::refused(
             format!(
                 "process {pid} ({name}) has ended: it is a zombie, kept until its parent {} asks for it",
@@ -34,7 +37,7 @@ pub fn check(pid: i32) -> Result<ProcessInfo, Failure> {
             ),
             "name a process that runs",
         ));
-    }
+    };
     if info.kernel_thread {
         return Err(Failure::refused(
             format!("process {pid} ({name}) is a thread of the kernel"),
@@ -55,7 +58,7 @@ pub fn check(pid: i32) -> Result<ProcessInfo, Failure> {
         ));
     }
     let mut header = [0_u8; 20];
-    fs::File::open(format!("/proc/{pid}/exe")).and_then(|mut file| file.read_exact(&mut header)).map_err(|error| {
+    fs::File::open(format!("/proc/{tid}/exe")).and_then(|mut file| file.read_exact(&mut header)).map_err(|error| {
         Failure::refused(format!("the executable of process {pid} ({name}) can't be read: {error}"), "run asap as root")
     })?;
     // EI_CLASS and e_machine (gABI, ELF header).

@@ -32,7 +32,8 @@ pub struct Target {
 }
 
 fn executable_of(pid: i32) -> Option<FileId> {
-    fs::metadata(format!("/proc/{pid}/exe")).ok().map(|data| (data.dev(), data.ino()))
+    let tid = info::living_thread(pid)?;
+    fs::metadata(format!("/proc/{tid}/exe")).ok().map(|data| (data.dev(), data.ino()))
 }
 
 impl Target {
@@ -44,7 +45,8 @@ impl Target {
         let process = TargetProcess::attach(root)?;
         let executable =
             executable_of(root).ok_or_else(|| super::process::gone(root, "its executable is not there"))?;
-        let path = fs::read_link(format!("/proc/{root}/exe")).unwrap_or_default().to_string_lossy().into_owned();
+        let tid = info::living_thread(root).unwrap_or(root);
+        let path = fs::read_link(format!("/proc/{tid}/exe")).unwrap_or_default().to_string_lossy().into_owned();
         let mut target = Self {
             root,
             only,
@@ -114,7 +116,6 @@ impl Target {
     /// Whether `pid` still lives and runs the target's executable.
     fn is_descendant(&self, pid: i32) -> bool {
         executable_of(pid) == Some(self.executable)
-            && ProcessInfo::of(pid).is_ok_and(|info| !matches!(info.state, 'Z' | 'X'))
     }
 
     fn unknown_descendants(&self) -> Vec<i32> {

@@ -81,6 +81,18 @@ pub fn threads(pid: i32) -> io::Result<Vec<i32>> {
     Ok(threads)
 }
 
+/// A thread of process `pid` that has not ended: its first one, as a rule. What all threads share (memory, executable, root) is
+/// shown by `/proc` for such a thread only, and a first thread may end before the others (pthread_exit(3) in `main`).
+#[must_use]
+pub fn living_thread(pid: i32) -> Option<i32> {
+    let lives = |tid: &i32| {
+        let stat = fs::read(format!("/proc/{tid}/stat")).unwrap_or_default();
+        let after_name = stat.iter().rposition(|&byte| byte == b')').map_or(&[][..], |at| &stat[at..]);
+        after_name.get(2).is_some_and(|state| !matches!(state, b'Z' | b'X'))
+    };
+    if lives(&pid) { Some(pid) } else { threads(pid).ok()?.into_iter().find(lives) }
+}
+
 /// Whether two processes have one address space; `None`: the kernel can't compare them (kcmp(2)).
 #[must_use]
 pub fn share_memory(one: i32, other: i32) -> Option<bool> {
@@ -172,6 +184,20 @@ mod tests {
         let info = ProcessInfo::of(pid).expect("this process");
         assert!(!info.kernel_thread && info.start_time > 0 && info.parent > 0);
         assert!(threads(pid).expect("this process").contains(&pid));
+    }
+
+    #[test]
+    fn the_first_of_living_threads_is_found() {
+        let pid = i32::try_from(std::process::id()).expect("pids fit i32");
+        assert_eq!(living_thread(pid), Some(pid));
+        let mut child = std::process::Command::new("true").spawn().expect("it runs");
+        let ended = i32::try_from(child.id()).expect("pids fit i32");
+        while living_thread(ended).is_some() {
+            std::thread::yield_now();
+        }
+        assert_eq!(ProcessInfo::of(ended).expect("a zombie").state, 'Z');
+        child.wait().expect("own child");
+        assert_eq!(living_thread(ended), None);
     }
 
     #[test]

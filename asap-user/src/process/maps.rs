@@ -1,5 +1,6 @@
 //! `/proc/PID/maps` as data (proc_pid_maps(5)).
 
+use super::info::living_thread;
 use crate::address::TargetAddr;
 use std::{io, ops::Range};
 
@@ -58,10 +59,11 @@ impl Mapping {
         self.name.strip_suffix(" (deleted)").unwrap_or(&self.name)
     }
 
-    /// Where the agent can open exactly the mapped file, whatever its name means today (proc_pid_map_files(5)).
+    /// Where the agent can open exactly the mapped file, whatever its name means today (proc_pid_map_files(5)); `tid` is a thread
+    /// that lives.
     #[must_use]
-    pub fn map_file(&self, pid: i32) -> String {
-        format!("/proc/{pid}/map_files/{:x}-{:x}", self.range.start.0, self.range.end.0)
+    pub fn map_file(&self, tid: i32) -> String {
+        format!("/proc/{tid}/map_files/{:x}-{:x}", self.range.start.0, self.range.end.0)
     }
 
     fn parse(line: &str) -> Option<Self> {
@@ -109,8 +111,9 @@ impl Maps {
     /// # Errors
     /// The process is gone, or may not be looked at.
     pub fn of(pid: i32) -> io::Result<Self> {
+        let tid = living_thread(pid).unwrap_or(pid);
         // A name may hold any byte but newline and NUL: not always UTF-8.
-        Ok(Self::parse(&String::from_utf8_lossy(&std::fs::read(format!("/proc/{pid}/maps"))?)))
+        Ok(Self::parse(&String::from_utf8_lossy(&std::fs::read(format!("/proc/{tid}/maps"))?)))
     }
 
     /// Parses the text of a maps file; lines that make no sense are left out.

@@ -2,6 +2,7 @@
 //! what keeps promise P4: nothing in the target ever becomes writable for us. Kernels may grant that to the tracer alone, for the
 //! thread it traces (CONFIG_PROC_MEM_FORCE_PTRACE, proc_mem.force_override=ptrace; Debian from Linux 7 on).
 
+use super::info::living_thread;
 use crate::address::TargetAddr;
 use std::{
     fs, io,
@@ -18,8 +19,8 @@ pub struct Memory {
     traced: Mutex<Option<fs::File>>,
 }
 
-fn open(pid: i32) -> io::Result<fs::File> {
-    fs::OpenOptions::new().read(true).write(true).open(format!("/proc/{pid}/mem"))
+fn open(tid: i32) -> io::Result<fs::File> {
+    fs::OpenOptions::new().read(true).write(true).open(format!("/proc/{tid}/mem"))
 }
 
 impl Memory {
@@ -28,7 +29,7 @@ impl Memory {
     /// # Errors
     /// The process is gone or may not be traced.
     pub fn open(pid: i32) -> io::Result<Self> {
-        Ok(Self { file: open(pid)?, pid, traced: Mutex::new(None) })
+        Ok(Self { file: open(living_thread(pid).unwrap_or(pid))?, pid, traced: Mutex::new(None) })
     }
 
     /// From now on writes that the kernel grants to tracers only are made by way of `tid`, which the calling thread traces and

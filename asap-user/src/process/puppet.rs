@@ -490,9 +490,10 @@ pub fn dead_puppets(target: i32) -> Vec<i32> {
 /// moment, as a rule.
 pub fn await_orphans(target: i32, limit: Duration) {
     let deadline = Instant::now() + limit;
+    let tid = info::living_thread(target).unwrap_or(target);
     let works = |&child: &i32| {
         let alone = |info: ProcessInfo| info.state != 'Z' && info.exit_signal == 0 && info.tracer == 0;
-        ProcessInfo::of(child).is_ok_and(alone) && info::share_memory(target, child) == Some(true)
+        ProcessInfo::of(child).is_ok_and(alone) && info::share_memory(tid, child) == Some(true)
     };
     while info::children(target).iter().any(works) && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(1));

@@ -6,6 +6,7 @@ mod confined_targets;
 mod dry_run;
 mod endurance;
 mod forked_children;
+mod headless_targets;
 mod hooks;
 mod p1_target_outlives_the_agent;
 mod p2_all_or_nothing;

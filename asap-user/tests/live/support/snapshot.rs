@@ -92,6 +92,12 @@ impl Snapshot {
         Self { maps, text, ..self.clone() }.assert_same(before, when);
     }
 
+    /// Mappings of code in files that the other has not got, or not with these bytes.
+    pub fn missing_text(&self, other: &Self) -> Vec<String> {
+        let same = |(mapping, bytes): &(&String, &Vec<u8>)| other.text.get(*mapping) == Some(*bytes);
+        self.text.iter().filter(|entry| !same(entry)).map(|(mapping, _)| mapping.clone()).collect()
+    }
+
     /// The same but for what being attached takes: memory, and a helper that is no child to wait for.
     pub fn assert_same_but_for_helpers(&self, before: &Self, when: &str) {
         let (maps, children) = (before.maps.clone(), before.children.clone());
