@@ -29,6 +29,8 @@ pub struct Layout {
     pub group_leader: u32,
     /// `task_struct.signal`
     pub signal: u32,
+    /// `task_struct.children`, a `struct list_head`
+    pub children: u32,
     /// `signal_struct.live`
     pub live: u32,
     /// `task_struct.self_exec_id`
@@ -43,10 +45,55 @@ pub struct Layout {
     pub agent_level: u32,
 }
 
+/// Kinds of what the task iterator tells; each record begins with one.
+pub mod task_kind {
+    /// A [`crate::TaskRecord`].
+    pub const FULL: u32 = 1;
+    /// A [`crate::TaskBrief`]: it has not run since it was told of in full.
+    pub const SAME: u32 = 2;
+    /// A [`crate::TaskBrief`]: it has children.
+    pub const PARENT: u32 = 3;
+    /// A [`crate::TaskBrief`]: it has none.
+    pub const CHILDLESS: u32 = 4;
+}
+
+/// What the task iterator tells of a thread of which one thing is asked, or that has not run since it was told of in full.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TaskBrief {
+    /// See [`task_kind`].
+    pub kind: u32,
+    /// Thread id in the agent's pid namespace; 0 for the childless.
+    pub tid: i32,
+    /// As in its full record, else 0.
+    pub epoch: u64,
+}
+
+/// Most threads that the task iterator remembers; the oldest make room for more.
+pub const KNOWN_TASKS: u32 = 32 * 1024;
+
+/// What the task iterator remembers of a thread that it has told of.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KnownTask {
+    /// Of the request.
+    pub series: u64,
+    /// How often it had left a CPU.
+    pub epoch: u64,
+    /// Tells it from another that is given its place in memory.
+    pub start_time: u64,
+    /// Thread id in the agent's pid namespace.
+    pub tid: i32,
+    /// Keeps the value free of padding.
+    pub reserved: u32,
+}
+
 /// What the task iterator tells of one thread; `stack_length` bytes of its stack follow.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TaskRecord {
+    /// [`task_kind::FULL`].
+    pub kind: u32,
     /// Thread id in the agent's pid namespace; 0: not visible there.
     pub tid: i32,
     /// Process id, likewise.
@@ -59,6 +106,8 @@ pub struct TaskRecord {
     pub on_cpu: u32,
     /// Not 0 once it is dying.
     pub exit_state: u32,
+    /// 1: it did not run while this was read, so that all of it belongs together.
+    pub settled: u32,
     /// How often it has left a CPU.
     pub epoch: u64,
     /// When it was started, nanoseconds on the monotonic clock.
@@ -77,6 +126,11 @@ pub struct TaskRecord {
 pub struct SnapshotRequest {
     /// Bytes of stack wanted, at most [`STACK_MAX`].
     pub stack_bytes: u64,
+    /// 0: tell of all threads in full. Else: those that have not run since an earlier request with the same number told of
+    /// them are told as [`TaskBrief`].
+    pub series: u64,
+    /// Not 0: tell of each thread only whether it has children, as [`TaskBrief`].
+    pub only_children: u64,
 }
 
 /// Kinds of a probe, as bits of its attach cookie; one place may be several.

@@ -36,14 +36,14 @@ use std::time::{Instant, SystemTime};
 pub fn patch(
     target: &mut Target,
     images: &mut ImageCache,
-    observers: &mut Observers,
+    observers: &Observers,
     wanted: &Wanted<'_>,
     undo: &mut Undo,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<PatchReport, Failure> {
     let begin = Instant::now();
     let Wanted { request, manifest, .. } = *wanted;
-    target.discover()?;
+    target.discover(observers)?;
     let identity = identity(target, wanted);
     if manifest.is_some() && target.processes.values().all(|process| process.patches().contains(&identity.id)) {
         let patch = target.patches().into_iter().find(|patch| patch.id == identity.id);
@@ -102,7 +102,7 @@ pub fn patch(
             break;
         }
         // Children forked from a process before it was patched.
-        target.discover()?;
+        target.discover(observers)?;
     }
     crate::fault::point("patch.in-all-processes");
     let patch = installed.ok_or_else(|| Failure {
@@ -249,7 +249,7 @@ impl Work<'_> {
         &self,
         process: &mut TargetProcess,
         images: &mut ImageCache,
-        observers: &mut Observers,
+        observers: &Observers,
     ) -> Result<(ProcessPatchReport, InstalledPatch), Failure> {
         let (modules, functions) = self.plan(process, images)?;
         let replaced = self.replaced(process)?;
@@ -273,7 +273,7 @@ impl Work<'_> {
         &self,
         process: &mut TargetProcess,
         modules: &[Module],
-        observers: &mut Observers,
+        observers: &Observers,
         staged: Staged,
         replaced: &[AppliedPatch],
     ) -> Result<(ProcessPatchReport, InstalledPatch), Failure> {
@@ -328,7 +328,7 @@ impl Work<'_> {
         &self,
         process: &mut TargetProcess,
         images: &mut ImageCache,
-        observers: &mut Observers,
+        observers: &Observers,
     ) -> Result<(ProcessPatchReport, InstalledPatch), Failure> {
         let (modules, functions) = self.plan(process, images)?;
         let replaced = self.replaced(process)?;

@@ -8,7 +8,7 @@ use super::{
 use crate::{
     address::{LoadBias, TargetAddr},
     image::Image,
-    kernel::{self, Ebpf},
+    kernel::{self, Ebpf, Series},
     process::{
         info::{self, ProcessInfo},
         ptrace::{Stopped, Stopping, TraceError},
@@ -16,7 +16,7 @@ use crate::{
     quiesce::{
         OpenThreads,
         observe::{How, Observation, Observer, Place, Region},
-        snapshot::{SnapshotSource, TaskSnapshot},
+        snapshot::{Snapshot, SnapshotSource, TaskSnapshot},
         unwind::{Unwinder, WalkRegisters},
     },
     report::{BusyThread, Failure},
@@ -30,29 +30,45 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// What this kernel offers for looking at threads; loaded when it is first needed, once per agent.
-#[derive(Default)]
+/// What this kernel offers for looking at threads; loaded once per agent.
 pub struct Observers {
-    ebpf: Option<Result<Ebpf, String>>,
+    ebpf: Result<Ebpf, String>,
 }
 
 impl Observers {
-    /// The eBPF programs, if this kernel takes them.
-    fn ebpf(&mut self) -> Result<&Ebpf, String> {
-        let loaded = self.ebpf.get_or_insert_with(|| {
-            Ebpf::load().map_err(|error| {
-                tracing::info!(%error, "no eBPF: threads are looked at through /proc and ptrace");
-                error.to_string()
-            })
+    /// Loads what there is: some 30 ms.
+    pub fn load() -> Self {
+        let ebpf = Ebpf::load().map_err(|error| {
+            tracing::info!(%error, "no eBPF: threads are looked at through /proc and ptrace");
+            error.to_string()
         });
-        loaded.as_ref().map_err(Clone::clone)
+        Self { ebpf }
+    }
+
+    /// The eBPF programs, if this kernel takes them.
+    fn ebpf(&self) -> Result<&Ebpf, String> {
+        self.ebpf.as_ref().map_err(Clone::clone)
+    }
+
+    /// Children of all threads of `pid`. Without eBPF that takes a file for each thread.
+    pub fn children(&self, pid: i32) -> Vec<i32> {
+        let parents = |ebpf: &Ebpf| {
+            let before = info::thread_count(pid).ok()?;
+            let (parents, visited) = ebpf.parents(pid).ok()?;
+            // More may have been made meanwhile, at the end of the list; if it is shorter, one ended while it was looked at.
+            (visited >= before).then_some(parents)
+        };
+        match self.ebpf().ok().and_then(parents) {
+            Some(parents) => info::children_of(pid, &parents),
+            None => info::children(pid),
+        }
     }
 
     /// Whether a uprobe program may write registers here.
     ///
     /// # Errors
     /// It may not, or asap does not use it yet.
-    pub fn redirect_available(&mut self) -> Result<(), Failure> {
+    pub fn redirect_available(&self) -> Result<(), Failure> {
         let reason = match self.ebpf() {
             Ok(ebpf) => match ebpf.redirect_available() {
                 Ok(()) => "the engine does not install patches by redirection yet".to_owned(),
@@ -68,23 +84,24 @@ impl Observers {
 }
 
 /// Snapshots of all threads by the eBPF task iterator.
-struct Snapshots<'a>(&'a Ebpf);
+struct Snapshots<'a>(&'a Ebpf, Series);
 
 impl SnapshotSource for Snapshots<'_> {
-    fn snapshot(&mut self, pid: i32, stack_bytes: usize) -> io::Result<Vec<TaskSnapshot>> {
-        let tasks = self.0.snapshot(pid, stack_bytes).map_err(io::Error::other)?;
+    fn snapshot(&mut self, pid: i32, stack_bytes: usize) -> io::Result<Snapshot> {
+        let told = self.0.snapshot(pid, stack_bytes, Some(self.1)).map_err(io::Error::other)?;
         let convert = |task: kernel::TaskSnapshot| {
             let regs = task.regs;
             let preserved = [regs.bx, regs.bp, regs.r12, regs.r13, regs.r14, regs.r15];
             TaskSnapshot {
                 tid: task.tid,
                 registers: WalkRegisters::bare(regs.ip, regs.sp).with_preserved(preserved),
-                on_cpu: task.on_cpu,
+                settled: task.settled,
+                runnable: task.state == 0,
                 epoch: task.epoch,
                 stack: task.stack,
             }
         };
-        Ok(tasks.into_iter().map(convert).collect())
+        Ok(Snapshot { tasks: told.tasks.into_iter().map(convert).collect(), same: told.same, visited: told.visited })
     }
 }
 
@@ -112,22 +129,19 @@ pub struct Verdict {
 
 /// Checks one process for one transaction.
 pub struct Checker<'o> {
-    observers: &'o mut Observers,
+    observers: &'o Observers,
     unwinder: Unwinder,
     regions: Vec<Region>,
     names: Vec<(Range<TargetAddr>, LoadBias, Arc<Image>, String)>,
     seen: HashMap<i32, Observation>,
     open: OpenThreads,
+    /// Of snapshots; begun when it is needed.
+    series: Option<Series>,
 }
 
 impl<'o> Checker<'o> {
     /// For the threads of `process`, which must not be inside `regions`.
-    pub fn new(
-        process: &TargetProcess,
-        modules: &[Module],
-        observers: &'o mut Observers,
-        regions: Vec<Region>,
-    ) -> Self {
+    pub fn new(process: &TargetProcess, modules: &[Module], observers: &'o Observers, regions: Vec<Region>) -> Self {
         let mut unwinder = Unwinder::new();
         let mut names = Vec::new();
         for module in modules {
@@ -142,7 +156,7 @@ impl<'o> Checker<'o> {
                 unwinder.add_code(patch.code.range(), bytes, table.start);
             }
         }
-        Self { observers, unwinder, regions, names, seen: HashMap::new(), open: OpenThreads::default() }
+        Self { observers, unwinder, regions, names, seen: HashMap::new(), open: OpenThreads::default(), series: None }
     }
 
     /// Names of what nobody may be inside.
@@ -156,7 +170,6 @@ impl<'o> Checker<'o> {
     /// # Errors
     /// The process is gone.
     pub fn look(&mut self, process: &TargetProcess) -> Result<Verdict, Failure> {
-        self.seen.clear();
         let mut first = None;
         // The fewer have run since, the shorter the look, and the fewer will have run until the next: what is left for the
         // look with closed gates is then short.
@@ -181,7 +194,9 @@ impl<'o> Checker<'o> {
     pub fn look_again(&mut self, process: &TargetProcess) -> Result<Verdict, Failure> {
         let known = std::mem::take(&mut self.seen);
         let looked_at: HashMap<i32, How> = known.iter().map(|(&tid, old)| (tid, old.how)).collect();
-        let mut snapshots = self.observers.ebpf().ok().map(Snapshots);
+        let series = &mut self.series;
+        let mut snapshots =
+            self.observers.ebpf().ok().map(|ebpf| Snapshots(ebpf, *series.get_or_insert_with(|| ebpf.series())));
         let _watched = watchdog::section("a look at all threads", CHECK_LIMIT);
         crate::fault::point("check.begin");
         let mut observer =
@@ -202,7 +217,7 @@ impl<'o> Checker<'o> {
                 verdict.longest_stop = verdict.longest_stop.max(time);
             }
             if observation.place != Place::Outside {
-                verdict.may_drain &= matches!(observation.how, How::Stopped(_));
+                verdict.may_drain &= matches!(observation.how, How::Stopped(_) | How::Preempted);
                 verdict.busy.push(self.name(process.pid, observation.tid, &observation.place, &observation.frames));
             }
         }

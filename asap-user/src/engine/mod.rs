@@ -57,7 +57,7 @@ impl Engine {
         // SAFETY: no memory is involved. Without the right to raise it the priority stays.
         unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -20) };
         raise_descriptor_limit();
-        Self { targets: BTreeMap::new(), images: ImageCache::default(), observers: check::Observers::default() }
+        Self { targets: BTreeMap::new(), images: ImageCache::default(), observers: check::Observers::load() }
     }
 
     /// The pid of the target that a request means.
@@ -116,7 +116,7 @@ impl Engine {
         let numbers = pids.iter().filter_map(|pid| self.targets.get(pid)).map(Target::next_patch);
         let id = numbers.max().unwrap_or(PatchId(1));
         let wanted = apply::Wanted { request, manifest: manifest.as_ref(), object: &object, pairs: &pairs, id };
-        let (images, observers) = (&mut self.images, &mut self.observers);
+        let (images, observers) = (&mut self.images, &self.observers);
         let mut all: Option<PatchReport> = None;
         let mut undos: Vec<(i32, Undo)> = Vec::new();
         for &pid in &pids {
@@ -213,9 +213,9 @@ impl Operations for Engine {
             ));
         }
         progress(Progress { step: format!("attaching to {pid}"), fraction: None });
-        let mut target = Target::attach(pid, request.only)?;
+        let mut target = Target::attach(pid, request.only, &self.observers)?;
         let _to_the_end = cancel::hold_off();
-        settle::after_adoption(&mut target, &mut self.images, &mut self.observers);
+        settle::after_adoption(&mut target, &mut self.images, &self.observers);
         if let Some(process) = target.processes.get(&pid) {
             let modules = self.images.modules(pid, &process.maps()?, &process.memory, |at| process.is_ours(at));
             self.images.clear();
@@ -243,7 +243,7 @@ impl Operations for Engine {
     fn revert(&mut self, request: &RevertRequest, progress: &mut dyn FnMut(Progress)) -> Result<PatchReport, Failure> {
         let pid = self.meant(request.pid)?;
         let target = self.targets.get_mut(&pid).ok_or_else(|| process::gone(pid, "it is not there"))?;
-        let report = revert::revert(target, &mut self.images, &mut self.observers, request, progress);
+        let report = revert::revert(target, &mut self.images, &self.observers, request, progress);
         self.images.clear();
         report
     }
@@ -260,13 +260,13 @@ impl Operations for Engine {
                     timeout_ms: request.timeout_ms,
                     consistency: crate::report::Consistency::Quiescent,
                 };
-                let report = revert::revert(target, &mut self.images, &mut self.observers, &revert, progress)
+                let report = revert::revert(target, &mut self.images, &self.observers, &revert, progress)
                     .map_err(|failure| with_those_out(failure, &reverted))?;
                 reverted.push(report.patch);
             }
         }
         // Children that were forked a moment ago carry a home of ours as well.
-        target.discover()?;
+        target.discover(&self.observers)?;
         let remaining = target.patches();
         let clean = target.leave_all();
         self.targets.remove(&pid);
@@ -277,7 +277,7 @@ impl Operations for Engine {
     fn status(&mut self, request: &StatusRequest) -> Result<StatusReport, Failure> {
         self.housekeeping();
         for target in self.targets.values_mut() {
-            if let Err(failure) = target.discover() {
+            if let Err(failure) = target.discover(&self.observers) {
                 tracing::warn!(pid = target.root, %failure, "a child process could not be taken into care");
             }
         }

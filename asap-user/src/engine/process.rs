@@ -79,11 +79,11 @@ fn refused(pid: i32, what: impl std::fmt::Display) -> Failure {
 }
 
 impl TargetProcess {
-    /// Takes `pid` into care. Stops one of its threads, for the time that making the puppet takes.
+    /// Takes `pid`, which has these `children`, into care. Stops one of its threads, for the time that making the puppet takes.
     ///
     /// # Errors
     /// It can't be a target; it is as it was.
-    pub fn attach(pid: i32) -> Result<Self, Failure> {
+    pub fn attach(pid: i32, children: &[i32]) -> Result<Self, Failure> {
         refuse::check(pid)?;
         let pidfd = puppet::pidfd_open(pid).map_err(|error| gone(pid, error))?;
         let failed = |error: io::Error| match error.kind() {
@@ -92,7 +92,7 @@ impl TargetProcess {
         };
         let memory = Memory::open(pid).map_err(failed)?;
         // They may be changing what is mapped.
-        puppet::await_orphans(pid, ORPHAN_LIMIT);
+        let dead_helpers = puppet::await_orphans(pid, children, ORPHAN_LIMIT);
         let maps = Maps::of(pid).map_err(failed)?;
         let gadgets = Gadgets::find(&maps, &memory).map_err(|error| refused(pid, error))?;
         let left = LedgerBook::find_home(&maps, &memory);
@@ -106,7 +106,7 @@ impl TargetProcess {
                 None => Self::move_in(pid, &maps, &memory, gadgets)?,
             },
         };
-        for dead in puppet::dead_puppets(pid).into_iter().filter(|&dead| dead != puppet.pid()) {
+        for dead in dead_helpers {
             if let Err(error) = puppet::reap(pid, dead, &memory, gadgets) {
                 tracing::warn!(pid, dead, %error, "a dead helper could not be reaped");
             }

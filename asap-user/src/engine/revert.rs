@@ -31,12 +31,12 @@ const TAKE_BACK_LIMIT: Duration = Duration::from_secs(10);
 pub fn revert(
     target: &mut Target,
     images: &mut ImageCache,
-    observers: &mut Observers,
+    observers: &Observers,
     request: &RevertRequest,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<PatchReport, Failure> {
     let begin = Instant::now();
-    target.discover()?;
+    target.discover(observers)?;
     let patch = choose(target, request.patch.as_deref())?;
     let (deadline, limit) = deadline(request.timeout_ms);
     let terms = Terms { deadline, limit, consistency: request.consistency };
@@ -55,7 +55,7 @@ pub fn revert(
 fn from_all(
     target: &mut Target,
     images: &mut ImageCache,
-    observers: &mut Observers,
+    observers: &Observers,
     id: PatchId,
     terms: Terms,
     progress: &mut dyn FnMut(Progress),
@@ -97,7 +97,7 @@ fn from_all(
             }
         }
         // Children forked meanwhile from a process that still had it.
-        target.discover()?;
+        target.discover(observers)?;
     }
 }
 
@@ -106,7 +106,7 @@ pub fn take_back(
     target: &mut Target,
     pids: &[i32],
     images: &mut ImageCache,
-    observers: &mut Observers,
+    observers: &Observers,
     id: PatchId,
 ) -> Vec<String> {
     let terms = Terms {
@@ -163,7 +163,7 @@ pub fn whole_code(patch: &AppliedPatch) -> Region {
 pub fn from_process(
     process: &mut TargetProcess,
     images: &mut ImageCache,
-    observers: &mut Observers,
+    observers: &Observers,
     id: PatchId,
     terms: Terms,
 ) -> Result<ProcessPatchReport, Failure> {

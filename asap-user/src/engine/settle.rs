@@ -128,7 +128,7 @@ fn half_done(target: &Target) -> BTreeSet<PatchId> {
 }
 
 /// Finishes what an earlier agent left half done in `target`, and notes it for the administrator.
-pub fn after_adoption(target: &mut Target, images: &mut ImageCache, observers: &mut Observers) {
+pub fn after_adoption(target: &mut Target, images: &mut ImageCache, observers: &Observers) {
     for id in half_done(target) {
         let patch = target.patches().into_iter().find(|patch| patch.id == id);
         let name = patch.map(|patch| patch.name).unwrap_or_default();

@@ -1,7 +1,7 @@
 //! A target: a process that was attached to, and those of its descendants that run the same executable, also those forked
 //! later. A child of a patched process is born patched, since fork(2) copies its memory; here it is found and taken into care.
 
-use super::{exchange, process::TargetProcess};
+use super::{check::Observers, exchange, process::TargetProcess};
 use crate::{
     process::info::{self, ProcessInfo},
     report::{Failure, InstalledPatch, PatchId, TargetReport},
@@ -41,8 +41,8 @@ impl Target {
     ///
     /// # Errors
     /// One of the processes can't be attached; none is then.
-    pub fn attach(root: i32, only: bool) -> Result<Self, Failure> {
-        let process = TargetProcess::attach(root)?;
+    pub fn attach(root: i32, only: bool, observers: &Observers) -> Result<Self, Failure> {
+        let process = TargetProcess::attach(root, &observers.children(root))?;
         let executable =
             executable_of(root).ok_or_else(|| super::process::gone(root, "its executable is not there"))?;
         let tid = info::living_thread(root).unwrap_or(root);
@@ -56,7 +56,7 @@ impl Target {
             processes: BTreeMap::from([(root, process)]),
             notes: Vec::new(),
         };
-        if let Err(failure) = target.recover_all().and_then(|()| target.discover().map(drop)) {
+        if let Err(failure) = target.recover_all().and_then(|()| target.discover(observers).map(drop)) {
             target.leave_all();
             return Err(failure);
         }
@@ -76,20 +76,20 @@ impl Target {
     ///
     /// # Errors
     /// A descendant can't be attached although it lives.
-    pub fn discover(&mut self) -> Result<Vec<i32>, Failure> {
+    pub fn discover(&mut self, observers: &Observers) -> Result<Vec<i32>, Failure> {
         self.bury_dead();
         let mut found = Vec::new();
         if self.only {
             return Ok(found);
         }
         loop {
-            let new = self.unknown_descendants();
+            let new = self.unknown_descendants(observers);
             if new.is_empty() {
                 return Ok(found);
             }
             let mut attached = false;
             for pid in new {
-                match TargetProcess::attach(pid) {
+                match TargetProcess::attach(pid, &observers.children(pid)) {
                     Ok(mut process) => {
                         exchange::recover(&mut process)?;
                         self.processes.insert(pid, process);
@@ -118,7 +118,7 @@ impl Target {
         executable_of(pid) == Some(self.executable)
     }
 
-    fn unknown_descendants(&self) -> Vec<i32> {
+    fn unknown_descendants(&self, observers: &Observers) -> Vec<i32> {
         let agent = std::process::id() as i32;
         let puppets: BTreeSet<i32> = self.processes.values().map(|process| process.puppet.pid()).collect();
         let mut seen = BTreeSet::new();
@@ -129,7 +129,7 @@ impl Target {
             if !seen.insert(pid) {
                 continue;
             }
-            for child in info::children(pid) {
+            for child in observers.children(pid) {
                 // Helpers of ours are children of the target, too.
                 let ours = puppets.contains(&child) || ProcessInfo::of(child).is_ok_and(|info| info.tracer == agent);
                 if ours || !self.is_descendant(child) {

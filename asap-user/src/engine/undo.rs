@@ -30,7 +30,7 @@ impl Undo {
         self,
         target: &mut Target,
         images: &mut ImageCache,
-        observers: &mut Observers,
+        observers: &Observers,
         failure: Failure,
     ) -> Failure {
         let _to_the_end = cancel::hold_off();

@@ -335,7 +335,7 @@ fn said(error: &KernelError) -> String {
 fn task_iterator() -> Result<String, String> {
     let ebpf = Ebpf::load().map_err(|error| said(&error))?;
     let own = std::process::id() as i32;
-    let threads = ebpf.snapshot(own, 0).map_err(|error| said(&error))?;
+    let threads = ebpf.snapshot(own, 0, None).map_err(|error| said(&error))?.tasks;
     if threads.is_empty() {
         return Err("it does not see this process".to_owned());
     }

@@ -22,7 +22,7 @@ pub fn find() -> Result<Found, KernelError> {
     let [voluntary_switches, involuntary_switches] = types.members("task_struct", ["nvcsw", "nivcsw"])?;
     let [start_time, thread_pid] = types.members("task_struct", ["start_time", "thread_pid"])?;
     let [group_leader, signal] = types.members("task_struct", ["group_leader", "signal"])?;
-    let [exec_id] = types.members("task_struct", ["self_exec_id"])?;
+    let [exec_id, children] = types.members("task_struct", ["self_exec_id", "children"])?;
     let [live] = types.members("signal_struct", ["live"])?;
     let [pid_level, pid_numbers] = types.members("pid", ["level", "numbers"])?;
     Ok(Found {
@@ -38,6 +38,7 @@ pub fn find() -> Result<Found, KernelError> {
             signal,
             live,
             exec_id,
+            children,
             pid_level,
             pid_numbers,
             pid_number_size: types.size("upid")?,

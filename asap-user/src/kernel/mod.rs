@@ -21,7 +21,7 @@ pub use features::{Feature, features};
 pub use lifecycle::{LifeCycle, LifeCycles};
 pub use probes::{ProbeEvent, ProbePlan, ProbeSet};
 pub use redirect::{Moment, RedirectLink, RedirectTable};
-pub use snapshot::{TaskSnapshot, UserRegs};
+pub use snapshot::{Series, Snapshot, TaskSnapshot, UserRegs};
 
 use aya::maps::MapData;
 use snapshot::Snapshots;
@@ -129,14 +129,31 @@ impl Ebpf {
     }
 
     /// Registers and stacks of the threads of process `pid`, with up to `stack_bytes` (at most 16 KiB) of each stack. Nobody
-    /// is stopped, so what is told is proved only later: see [`TaskSnapshot::still`].
+    /// is stopped: what is told of a thread counts if it is [`TaskSnapshot::settled`]. Within a `series`, threads that have
+    /// not run since are only named.
     ///
-    /// Threads that are dying are left out. Threads that are started meanwhile may be missing: whoever needs all of them
-    /// compares with `/proc/PID/task` afterwards. A process that does not exist has no threads.
+    /// Threads that are started meanwhile may be missing, and the iterator ends early where a thread vanishes under it:
+    /// whoever needs all of them compares [`Snapshot::visited`] with how many there were before. A process that does not exist
+    /// has no threads.
     ///
     /// # Errors
     /// The iterator can't be read.
-    pub fn snapshot(&self, pid: i32, stack_bytes: usize) -> Result<Vec<TaskSnapshot>, KernelError> {
-        self.snapshots.read(pid, stack_bytes)
+    pub fn snapshot(&self, pid: i32, stack_bytes: usize, series: Option<Series>) -> Result<Snapshot, KernelError> {
+        self.snapshots.read(pid, stack_bytes, series)
+    }
+
+    /// Those threads of process `pid` that have children, and how many threads were looked at; see [`Ebpf::snapshot`] for when
+    /// that is all of them.
+    ///
+    /// # Errors
+    /// The iterator can't be read.
+    pub fn parents(&self, pid: i32) -> Result<(Vec<i32>, usize), KernelError> {
+        self.snapshots.parents(pid)
+    }
+
+    /// Begins a series of snapshots.
+    #[must_use]
+    pub fn series(&self) -> Series {
+        self.snapshots.series()
     }
 }

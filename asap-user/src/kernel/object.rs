@@ -90,6 +90,8 @@ pub unsafe trait Plain: Copy {}
 // SAFETY: integers only.
 unsafe impl Plain for asap_common::TaskRecord {}
 // SAFETY: integers only.
+unsafe impl Plain for asap_common::TaskBrief {}
+// SAFETY: integers only.
 unsafe impl Plain for asap_common::ProbeRecord {}
 // SAFETY: integers only.
 unsafe impl Plain for asap_common::LifeRecord {}

@@ -1,6 +1,6 @@
 //! What `/proc` says about a process before anybody touches it: kind, tracer, seccomp, threads, parents.
 
-use std::{fs, io};
+use std::{fs, io, os::unix::fs::MetadataExt};
 
 /// The facts that decide whether a process can be a target.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -93,6 +93,17 @@ pub fn living_thread(pid: i32) -> Option<i32> {
     if lives(&pid) { Some(pid) } else { threads(pid).ok()?.into_iter().find(lives) }
 }
 
+/// How many threads `pid` has, at a fraction of the cost of a list: the links of the folder of threads (fs/proc/base.c,
+/// proc_task_getattr).
+///
+/// # Errors
+/// The process is gone.
+pub fn thread_count(pid: i32) -> io::Result<usize> {
+    let links = fs::metadata(format!("/proc/{pid}/task"))?.nlink();
+    // Those of the folder itself and of its parent come first.
+    Ok(usize::try_from(links).unwrap_or(usize::MAX).saturating_sub(2))
+}
+
 /// Whether two processes have one address space; `None`: the kernel can't compare them (kcmp(2)).
 #[must_use]
 pub fn share_memory(one: i32, other: i32) -> Option<bool> {
@@ -107,9 +118,15 @@ pub fn share_memory(one: i32, other: i32) -> Option<bool> {
 /// Processes that end meanwhile are left out.
 #[must_use]
 pub fn children(pid: i32) -> Vec<i32> {
+    children_of(pid, &threads(pid).unwrap_or_default())
+}
+
+/// As [`children`], where it is known that only these threads of `pid` have any.
+#[must_use]
+pub fn children_of(pid: i32, parents: &[i32]) -> Vec<i32> {
     let mut children = Vec::new();
-    let mut told = false;
-    for tid in threads(pid).unwrap_or_default() {
+    let mut told = parents.is_empty();
+    for tid in parents {
         if let Ok(text) = fs::read_to_string(format!("/proc/{pid}/task/{tid}/children")) {
             told = true;
             children.extend(text.split_ascii_whitespace().filter_map(|word| word.parse::<i32>().ok()));

@@ -478,26 +478,27 @@ impl Drop for Puppet {
     }
 }
 
-/// Dead puppets of dead agents: zombie children that send no signal when they end, as nothing but clone(2) makes them.
+/// Waits until those `children` of `target` that are puppets of dead agents have finished what they were at (see
+/// [`Puppet::exchange`], [`Puppet::call`]): a moment, as a rule. Gives those that wait to be reaped then. They are known by
+/// sending no signal when they end, as nothing but clone(2) makes children.
 #[must_use]
-pub fn dead_puppets(target: i32) -> Vec<i32> {
-    let is_dead_puppet =
-        |child: &i32| ProcessInfo::of(*child).is_ok_and(|info| info.state == 'Z' && info.exit_signal == 0);
-    info::children(target).into_iter().filter(is_dead_puppet).collect()
-}
-
-/// Waits until the puppets of dead agents have finished what they were at (see [`Puppet::exchange`], [`Puppet::call`]): a
-/// moment, as a rule.
-pub fn await_orphans(target: i32, limit: Duration) {
+pub fn await_orphans(target: i32, children: &[i32], limit: Duration) -> Vec<i32> {
     let deadline = Instant::now() + limit;
     let tid = info::living_thread(target).unwrap_or(target);
-    let works = |&child: &i32| {
-        let alone = |info: ProcessInfo| info.state != 'Z' && info.exit_signal == 0 && info.tracer == 0;
-        ProcessInfo::of(child).is_ok_and(alone) && info::share_memory(tid, child) == Some(true)
-    };
-    while info::children(target).iter().any(works) && Instant::now() < deadline {
-        std::thread::sleep(Duration::from_millis(1));
+    let mut orphans: Vec<(i32, ProcessInfo)> = Vec::new();
+    for &child in children {
+        orphans.extend(ProcessInfo::of(child).ok().filter(|info| info.exit_signal == 0).map(|info| (child, info)));
     }
+    let works = |child: i32, info: &ProcessInfo| {
+        info.state != 'Z' && info.tracer == 0 && info::share_memory(tid, child) == Some(true)
+    };
+    while orphans.iter().any(|(child, info)| works(*child, info)) && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(1));
+        for (child, info) in &mut orphans {
+            *info = ProcessInfo::of(*child).unwrap_or_default();
+        }
+    }
+    orphans.into_iter().filter(|(_, info)| info.state == 'Z').map(|(child, _)| child).collect()
 }
 
 /// Has a thread of `target` reap its dead child `puppet`.

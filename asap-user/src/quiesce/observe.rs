@@ -20,7 +20,7 @@ use crate::{
     },
 };
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     io,
     ops::Range,
     time::{Duration, Instant},
@@ -64,6 +64,8 @@ pub enum How {
     Asleep,
     /// It was off its processor, and stayed so.
     Snapshot,
+    /// The same, and it waits for nothing but a processor: it will go on by itself.
+    Preempted,
     /// It was stopped for so long.
     Stopped(Duration),
 }
@@ -168,11 +170,27 @@ impl<'a> Observer<'a> {
     /// The process is gone.
     pub fn observe(&mut self, known: HashMap<i32, Observation>) -> io::Result<HashMap<i32, Observation>> {
         let mut known = known;
+        let mut seen = HashMap::new();
         let mut folder = TaskFolder::open(self.pid)?;
-        let mut seen = self.by_snapshot(&mut known);
+        match self.by_snapshots(&mut known, &mut seen) {
+            // What snapshots can't tell has had its time.
+            Some(rest) => self.look_at(rest, Duration::ZERO, &mut known, &mut seen, &mut folder),
+            None => self.by_list(&mut known, &mut seen, &mut folder)?,
+        }
+        self.open.retain(|tid| seen.contains_key(&tid));
+        Ok(seen)
+    }
+
+    /// By way of the list of threads.
+    fn by_list(
+        &mut self,
+        known: &mut HashMap<i32, Observation>,
+        seen: &mut HashMap<i32, Observation>,
+        folder: &mut TaskFolder,
+    ) -> io::Result<()> {
         let threads = info::threads(self.pid)?;
         seen.retain(|tid, _| threads.binary_search(tid).is_ok());
-        self.look_at(threads, &mut known, &mut seen, &mut folder);
+        self.look_at(threads, PATIENCE, known, seen, folder);
         // A thread that is made meanwhile can't get inside when the gates are closed, but it may have been born there; and the
         // kernel may leave some out of a list that changes while it is read. Those who are made still later are made by
         // threads that were seen.
@@ -182,24 +200,24 @@ impl<'a> Observer<'a> {
             if newcomers.is_empty() {
                 break;
             }
-            self.look_at(newcomers, &mut known, &mut seen, &mut folder);
+            self.look_at(newcomers, PATIENCE, known, seen, folder);
         }
-        self.open.retain(|tid| seen.contains_key(&tid));
-        Ok(seen)
+        Ok(())
     }
 
     /// Looks at the threads `awake`; those that have ended are left out.
     fn look_at(
         &mut self,
         mut awake: Vec<i32>,
+        patience: Duration,
         known: &mut HashMap<i32, Observation>,
         seen: &mut HashMap<i32, Observation>,
         folder: &mut TaskFolder,
     ) {
         awake.retain(|tid| !seen.contains_key(tid));
-        let patient_until = Instant::now() + PATIENCE;
+        let patient_until = Instant::now() + patience;
         let mut dead_are_out = false;
-        loop {
+        while !awake.is_empty() {
             awake.retain(|&tid| {
                 let held = known.remove(&tid).filter(|old| self.holds(old, folder));
                 let observed = held.or_else(|| self.asleep(tid, folder));
@@ -229,16 +247,21 @@ impl<'a> Observer<'a> {
         old.place == Place::Outside && folder.epoch(&files.clock) == Some(epoch)
     }
 
-    /// What snapshots tell; nothing where there are none. Takes from `known` what still holds.
-    fn by_snapshot(&mut self, known: &mut HashMap<i32, Observation>) -> HashMap<i32, Observation> {
-        let mut seen = HashMap::new();
-        let Some(mut source) = self.snapshots.take() else { return seen };
-        // A snapshot that fails is no loss: the other ways remain.
-        if let Err(error) = self.take_snapshots(&mut source, known, &mut seen) {
-            tracing::debug!(pid = self.pid, %error, "no snapshot of the threads");
-        }
+    /// What snapshots tell, and the threads of which they tell nothing. None if there are no snapshots, or if they don't show
+    /// all threads.
+    fn by_snapshots(
+        &mut self,
+        known: &mut HashMap<i32, Observation>,
+        seen: &mut HashMap<i32, Observation>,
+    ) -> Option<Vec<i32>> {
+        let mut source = self.snapshots.take()?;
+        let told = self.take_snapshots(&mut source, known, seen);
         self.snapshots = Some(source);
-        seen
+        // A snapshot that fails is no loss: the other ways remain.
+        told.unwrap_or_else(|error| {
+            tracing::debug!(pid = self.pid, %error, "no snapshot of the threads");
+            None
+        })
     }
 
     fn take_snapshots(
@@ -246,37 +269,62 @@ impl<'a> Observer<'a> {
         source: &mut &'a mut dyn SnapshotSource,
         known: &mut HashMap<i32, Observation>,
         seen: &mut HashMap<i32, Observation>,
-    ) -> io::Result<()> {
-        if known.values().any(|old| matches!(old.held_by, Some(HeldBy::Snapshot(_)))) {
-            let now = source.snapshot(self.pid, 0)?;
-            for task in now.iter().filter(|task| !task.on_cpu) {
-                let same = |old: &Observation| old.held_by == Some(HeldBy::Snapshot(task.epoch));
-                if known.get(&task.tid).is_some_and(same)
-                    && let Some(old) = known.remove(&task.tid)
-                {
-                    seen.insert(task.tid, old);
+    ) -> io::Result<Option<Vec<i32>>> {
+        let patient_until = Instant::now() + PATIENCE;
+        let mut is_first = true;
+        loop {
+            // Those who are made later are at the end of the kernel's list: whoever comes by as many as there were before, has
+            // seen all that were there then. And those who are made later still, by threads that were seen already, can't be
+            // inside when the gates are closed.
+            let before = info::thread_count(self.pid)?;
+            let now = source.snapshot(self.pid, snapshot::STACK_BYTES)?;
+            let whole = now.visited >= before;
+            let (mut again, mut doubtful) = (false, false);
+            for &(tid, epoch) in &now.same {
+                let holds = |old: &Observation| old.held_by == Some(HeldBy::Snapshot(epoch));
+                if known.get(&tid).is_some_and(holds) {
+                    seen.extend(known.remove(&tid).map(|old| (tid, old)));
                 }
             }
-            if now.iter().all(|task| seen.contains_key(&task.tid)) {
-                return Ok(());
+            for task in &now.tasks {
+                // What was seen a moment ago still counts; what is told now is what the next snapshot refers to.
+                let is_new = !seen.contains_key(&task.tid);
+                if !task.settled {
+                    again |= is_new;
+                    continue;
+                }
+                let (place, frames) = self.walk(&task.registers, &task.stack);
+                // What can't be walked may do better with all registers.
+                if matches!(place, Place::Unknown(_)) {
+                    continue;
+                }
+                let how = if task.runnable { How::Preempted } else { How::Snapshot };
+                let held_by = Some(HeldBy::Snapshot(task.epoch));
+                let observation = Observation { tid: task.tid, place, frames, how, held_by };
+                if self.stack.went_beyond() {
+                    // It counts when the next snapshot finds that it has not run since.
+                    doubtful |= is_new;
+                    known.insert(task.tid, observation);
+                } else {
+                    seen.insert(task.tid, observation);
+                }
             }
-        }
-        let mut tasks = source.snapshot(self.pid, snapshot::STACK_BYTES)?;
-        tasks.retain(|task| !task.on_cpu && !seen.contains_key(&task.tid));
-        let mut places: HashMap<i32, _> =
-            tasks.iter().map(|task| (task.tid, self.walk(&task.registers, &task.stack))).collect();
-        let later = source.snapshot(self.pid, 0)?;
-        for task in snapshot::have_not_run(&tasks, &later) {
-            // What can't be walked may do better with all registers.
-            let Some((place, frames)) =
-                places.remove(&task.tid).filter(|(place, _)| !matches!(place, Place::Unknown(_)))
-            else {
+            let patient = (doubtful && std::mem::take(&mut is_first)) || Instant::now() < patient_until;
+            if (again || doubtful || !whole) && patient {
+                if !doubtful {
+                    // Most threads that run are about to sleep again, or to wait at a gate.
+                    std::thread::sleep(NAP);
+                }
                 continue;
-            };
-            let held_by = Some(HeldBy::Snapshot(task.epoch));
-            seen.insert(task.tid, Observation { tid: task.tid, place, frames, how: How::Snapshot, held_by });
+            }
+            if !whole {
+                return Ok(None);
+            }
+            let alive: HashSet<i32> =
+                now.same.iter().map(|&(tid, _)| tid).chain(now.tasks.iter().map(|task| task.tid)).collect();
+            seen.retain(|tid, _| alive.contains(tid));
+            return Ok(Some(alive.into_iter().filter(|tid| !seen.contains_key(tid)).collect()));
         }
-        Ok(())
     }
 
     fn walk(&mut self, registers: &WalkRegisters, copied: &[u8]) -> (Place, Vec<TargetAddr>) {

@@ -11,11 +11,13 @@ pub(super) struct StackReader<'a> {
     memory: &'a Memory,
     start: u64,
     bytes: Vec<u8>,
+    /// More was read than had been copied.
+    beyond: bool,
 }
 
 impl<'a> StackReader<'a> {
     pub(super) fn new(memory: &'a Memory) -> Self {
-        Self { memory, start: 0, bytes: Vec::with_capacity(PAGE_SIZE as usize) }
+        Self { memory, start: 0, bytes: Vec::with_capacity(PAGE_SIZE as usize), beyond: false }
     }
 
     /// Forgets what was read: the stack pointer of the next thread is `sp`, and `copied` is what lies there if it is known.
@@ -23,6 +25,12 @@ impl<'a> StackReader<'a> {
         self.start = sp;
         self.bytes.clear();
         self.bytes.extend_from_slice(copied);
+        self.beyond = false;
+    }
+
+    /// Whether anything was read from memory since then, as opposed to what had been copied.
+    pub(super) fn went_beyond(&self) -> bool {
+        self.beyond
     }
 
     fn fill(&mut self, at: u64) {
@@ -47,6 +55,7 @@ impl<'a> StackReader<'a> {
         if let Some(word) = self.buffered(at) {
             return Some(word);
         }
+        self.beyond = true;
         self.fill(at);
         // A word that is not aligned may cross the end of the page.
         self.buffered(at).or_else(|| self.memory.word(TargetAddr(at)).ok())
@@ -66,7 +75,9 @@ mod tests {
         let mut reader = StackReader::new(&memory);
         reader.start_at(at, &[7; 16]);
         assert_eq!(reader.word(at + 8), Some(0x0707_0707_0707_0707), "what was copied wins");
+        assert!(!reader.went_beyond());
         assert_eq!(reader.word(at + 16), Some(2));
+        assert!(reader.went_beyond());
         assert_eq!(reader.word(at + 8 * 2047), Some(2047));
         assert_eq!(reader.word(at + 8), Some(1), "back down, after the copy was given up");
         let page_end = (at + PAGE_SIZE) & !(PAGE_SIZE - 1);

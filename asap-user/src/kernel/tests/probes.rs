@@ -39,17 +39,13 @@ fn readable(fd: i32) -> bool {
 /// Where the thread waits in the function; its stack is at rest then.
 fn rests(ebpf: &Ebpf, pid: i32, tid: i32) {
     let begin = Instant::now();
+    let series = ebpf.series();
     loop {
-        let first = ebpf.snapshot(pid, 0).expect("a snapshot");
-        sleep(Duration::from_millis(2));
-        let second = ebpf.snapshot(pid, 0).expect("a snapshot");
-        let find = |list: &[crate::kernel::TaskSnapshot]| list.iter().find(|thread| thread.tid == tid).cloned();
-        if let (Some(first), Some(second)) = (find(&first), find(&second))
-            && first.state != 0
-            && first.still(&second)
-        {
+        let now = ebpf.snapshot(pid, 0, Some(series)).expect("a snapshot");
+        if now.same.iter().any(|&(same, _)| same == tid) {
             return;
         }
+        sleep(Duration::from_millis(2));
         assert!(begin.elapsed() < Duration::from_secs(10), "thread {tid} does not come to rest");
     }
 }

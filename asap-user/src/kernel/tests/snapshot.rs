@@ -12,17 +12,16 @@ fn thread(snapshot: &[TaskSnapshot], tid: i32) -> &TaskSnapshot {
     snapshot.iter().find(|thread| thread.tid == tid).expect("the thread is in the snapshot")
 }
 
-/// Waits for a snapshot in which the thread sleeps, proved by a second one.
+/// Waits for a snapshot in which the thread sleeps.
 fn asleep(ebpf: &Ebpf, pid: i32, tid: i32, stack: usize) -> TaskSnapshot {
     let begin = Instant::now();
     loop {
-        let first = ebpf.snapshot(pid, stack).expect("a snapshot");
-        let second = ebpf.snapshot(pid, 0).expect("a light snapshot");
-        let (first, second) = (thread(&first, tid), thread(&second, tid));
-        if first.state != 0 && first.still(second) {
-            return first.clone();
+        let now = ebpf.snapshot(pid, stack, None).expect("a snapshot");
+        let now = thread(&now.tasks, tid);
+        if now.state != 0 && now.settled {
+            return now.clone();
         }
-        assert!(begin.elapsed() < Duration::from_secs(10), "thread {tid} does not come to rest: {first:?}");
+        assert!(begin.elapsed() < Duration::from_secs(10), "thread {tid} does not come to rest: {now:?}");
         sleep(Duration::from_millis(5));
     }
 }
@@ -49,18 +48,35 @@ fn a_blocked_thread_shows_its_registers_and_stack() {
 }
 
 #[test]
-fn a_thread_that_ran_in_between_is_not_still() {
-    let Some(ebpf) = loaded("a_thread_that_ran_in_between_is_not_still") else { return };
+fn a_thread_is_told_of_again_when_it_has_run_and_not_before() {
+    let Some(ebpf) = loaded("a_thread_is_told_of_again_when_it_has_run_and_not_before") else { return };
     let mut fixture = Fixture::start();
     let pid = fixture.pid();
+    let sleeper: i32 = fixture.order("block 1").parse().expect("a thread id");
     // The main thread waits for orders: it runs for each, and rests at the same place again.
-    let before = asleep(&ebpf, pid, pid, 64);
+    let before = [asleep(&ebpf, pid, pid, 64), asleep(&ebpf, pid, sleeper, 64)];
+    let (series, other) = (ebpf.series(), ebpf.series());
+    let told = |series| {
+        let now = ebpf.snapshot(pid, 64, Some(series)).expect("a snapshot");
+        let mut told: Vec<i32> = now.tasks.iter().map(|task| task.tid).collect();
+        let mut same: Vec<i32> = now.same.iter().map(|&(tid, _)| tid).collect();
+        told.sort_unstable();
+        same.sort_unstable();
+        (told, same, now)
+    };
+    let mut both = vec![pid, sleeper];
+    both.sort_unstable();
+    assert_eq!((told(series).0, told(series).1), (both.clone(), both.clone()), "told once, and then only named");
+    assert_eq!(told(other).0, both, "another series does not know them");
     for _ in 0..100 {
         fixture.order("call 1");
     }
     let after = asleep(&ebpf, pid, pid, 64);
-    assert_eq!(before.regs.ip, after.regs.ip);
-    assert!(!before.still(&after), "epochs {} and {}", before.epoch, after.epoch);
+    assert_eq!(before[0].regs.ip, after.regs.ip);
+    assert_ne!(before[0].epoch, after.epoch);
+    let (tids, same, now) = told(other);
+    assert_eq!((tids, same), (vec![pid], vec![sleeper]), "one ran, one slept on");
+    assert_eq!((now.same[0].1, now.visited), (before[1].epoch, 2));
 }
 
 #[test]
@@ -80,19 +96,18 @@ fn a_running_thread_is_never_believed() {
         if (round >= 200 && both) || begin.elapsed() > Duration::from_secs(30) {
             break;
         }
-        let first = ebpf.snapshot(pid, 256).expect("a snapshot");
-        let second = ebpf.snapshot(pid, 0).expect("a light snapshot");
+        let now = ebpf.snapshot(pid, 256, None).expect("a snapshot");
         for &tid in &spinning {
-            let (first, second) = (thread(&first, tid), thread(&second, tid));
-            assert!(first.on_cpu == first.stack.is_empty(), "a stack is told of those off the CPU only");
-            if first.on_cpu || second.on_cpu {
+            let now = thread(&now.tasks, tid);
+            assert!(now.on_cpu == now.stack.is_empty(), "a stack is told of those off the CPU only");
+            if now.on_cpu {
                 on += 1;
-                assert!(!first.still(second));
-            } else if first.still(second) {
+                assert!(!now.settled);
+            } else if now.settled {
                 believed += 1;
                 let (start, size) = fixture.function("spin");
                 let inside = fixture.base() + start..fixture.base() + start + size;
-                assert!(inside.contains(&first.regs.ip), "preempted where it spins: {:#x}", first.regs.ip);
+                assert!(inside.contains(&now.regs.ip), "preempted where it spins: {:#x}", now.regs.ip);
             }
         }
         sleep(Duration::from_millis(1));
@@ -112,10 +127,10 @@ fn every_thread_is_told_once_and_none_of_others() {
     }
     sleep(Duration::from_millis(100));
     // More than fits into the kernel's buffer at once.
-    let seen = ebpf.snapshot(fixture.pid(), 16 * 1024).expect("a snapshot");
-    let tids: HashSet<i32> = seen.iter().map(|thread| thread.tid).collect();
+    let seen = ebpf.snapshot(fixture.pid(), 16 * 1024, None).expect("a snapshot");
+    let tids: HashSet<i32> = seen.tasks.iter().map(|thread| thread.tid).collect();
     assert_eq!(tids, expected);
-    assert_eq!(seen.len(), expected.len(), "no thread twice");
+    assert_eq!((seen.tasks.len(), seen.visited), (expected.len(), expected.len()), "no thread twice");
 }
 
 #[test]
@@ -124,8 +139,8 @@ fn a_process_that_is_gone_has_no_threads() {
     let fixture = Fixture::start();
     let pid = fixture.pid();
     fixture.end();
-    assert_eq!(ebpf.snapshot(pid, 64).expect("no error"), []);
-    assert!(ebpf.snapshot(-1, 64).is_err());
+    assert_eq!(ebpf.snapshot(pid, 64, None).expect("no error").tasks, []);
+    assert!(ebpf.snapshot(-1, 64, None).is_err());
 }
 
 #[test]
@@ -135,6 +150,6 @@ fn threads_of_an_inner_pid_namespace_have_the_agents_ids() {
     // unshare's child: pid 1 inside, another one here.
     let children = format!("/proc/{0}/task/{0}/children", fixture.pid());
     let inner: i32 = std::fs::read_to_string(children).expect("readable").trim().parse().expect("one child");
-    let seen = ebpf.snapshot(inner, 0).expect("a snapshot");
+    let seen = ebpf.snapshot(inner, 0, None).expect("a snapshot").tasks;
     assert_eq!(seen.iter().map(|thread| thread.tid).collect::<Vec<_>>(), [inner]);
 }

@@ -101,7 +101,7 @@ fn redirect_works_or_says_why_not() {
     let Some(ebpf) = loaded("redirect_works_or_says_why_not") else { return };
     let mut fixture = Fixture::start();
     let (from, to) = (fixture.function("counted").0, fixture.function("doubled").0 + fixture.base());
-    let exec_id = ebpf.snapshot(fixture.pid(), 0).expect("it runs")[0].exec_id;
+    let exec_id = ebpf.snapshot(fixture.pid(), 0, None).expect("it runs").tasks[0].exec_id;
     let table = RedirectTable::create(exec_id).expect("a map");
     let link = ebpf.redirect(&table, fixture.pid(), &fixture.file(), &[(from, 3)]);
     match ebpf.redirect_available() {
