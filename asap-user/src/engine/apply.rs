@@ -336,7 +336,7 @@ impl Work<'_> {
         stage::unstage(process, &staged.patch);
         let regions = regions_of(process, &staged.patch, &replaced);
         let mut checker = Checker::new(process, &modules, observers, regions);
-        let verdict = checker.look(process)?;
+        let verdict = checker.look_again(process)?;
         let quiescence = if verdict.busy.is_empty() {
             "would go in at once".to_owned()
         } else {

@@ -105,9 +105,8 @@ impl SnapshotSource for Snapshots<'_> {
     }
 }
 
-/// Most looks with open gates, and how short one must be for the last.
+/// Most looks with open gates.
 const LOOKS: usize = 8;
-const SHORT_LOOK: Duration = Duration::from_micros(400);
 
 /// How long one look may take before the agent is taken for hung: thousands of threads on a slow machine take seconds.
 const CHECK_LIMIT: Duration = Duration::from_secs(60);
@@ -165,33 +164,38 @@ impl<'o> Checker<'o> {
         self.regions.iter().map(|region| region.label.clone()).collect()
     }
 
-    /// Looks at all threads.
+    /// Looks at the threads that don't run, and disturbs none. What is found holds until they run.
     ///
     /// # Errors
     /// The process is gone.
     pub fn look(&mut self, process: &TargetProcess) -> Result<Verdict, Failure> {
-        let mut first = None;
+        let begin = Instant::now();
+        let mut verdict = self.observe(process, true)?;
+        let mut took = begin.elapsed();
         // The fewer have run since, the shorter the look, and the fewer will have run until the next: what is left for the
         // look with closed gates is then short.
-        for _ in 0..LOOKS {
+        for _ in 1..LOOKS {
+            if !verdict.busy.is_empty() {
+                break;
+            }
             let begin = Instant::now();
-            let verdict = self.look_again(process)?;
-            let all = first.get_or_insert_with(Verdict::default);
-            all.stopped += verdict.stopped;
-            all.longest_stop = all.longest_stop.max(verdict.longest_stop);
-            (all.busy, all.may_drain, all.threads) = (verdict.busy, verdict.may_drain, verdict.threads);
-            if !all.busy.is_empty() || begin.elapsed() < SHORT_LOOK {
+            verdict = self.observe(process, true)?;
+            if begin.elapsed() * 2 > std::mem::replace(&mut took, begin.elapsed()) {
                 break;
             }
         }
-        Ok(first.unwrap_or_default())
+        Ok(verdict)
     }
 
-    /// Looks at those threads again that have run since the last look, and at new ones.
+    /// Looks at those threads again that have run since the last look, and at new ones; stops those that run.
     ///
     /// # Errors
     /// The process is gone.
     pub fn look_again(&mut self, process: &TargetProcess) -> Result<Verdict, Failure> {
+        self.observe(process, false)
+    }
+
+    fn observe(&mut self, process: &TargetProcess, in_passing: bool) -> Result<Verdict, Failure> {
         let known = std::mem::take(&mut self.seen);
         let looked_at: HashMap<i32, How> = known.iter().map(|(&tid, old)| (tid, old.how)).collect();
         let series = &mut self.series;
@@ -204,8 +208,11 @@ impl<'o> Checker<'o> {
         if let Some(snapshots) = &mut snapshots {
             observer = observer.with_snapshots(snapshots);
         }
+        if in_passing {
+            observer = observer.in_passing();
+        }
         self.seen = observer.observe(known).map_err(|error| gone(process.pid, error))?;
-        if self.seen.is_empty() {
+        if self.seen.is_empty() && !in_passing {
             return Err(gone(process.pid, "no thread is left"));
         }
         let mut verdict = Verdict { threads: self.seen.len(), may_drain: true, ..Verdict::default() };

@@ -7,7 +7,7 @@
 
 use super::{
     asleep::{Epoch, OpenThreads, TaskFolder},
-    snapshot::{self, SnapshotSource},
+    snapshot::{self, SnapshotSource, TaskSnapshot},
     stack::StackReader,
     unwind::{StackWalk, Unwinder, WalkEnd, WalkRegisters},
 };
@@ -83,6 +83,8 @@ pub struct Observation {
     pub how: How,
     /// As long as this holds, the thread has not run since.
     held_by: Option<HeldBy>,
+    /// It was found, or found to hold, by the look that is under way.
+    fresh: bool,
 }
 
 /// What shows that a thread has not run since it was observed.
@@ -105,7 +107,7 @@ impl Observation {
 
     fn unknown(tid: i32, reason: String) -> Self {
         let (place, how) = (Place::Unknown(reason), How::Stopped(Duration::ZERO));
-        Self { tid, place, frames: Vec::new(), how, held_by: None }
+        Self { tid, place, frames: Vec::new(), how, held_by: None, fresh: true }
     }
 }
 
@@ -143,6 +145,7 @@ pub struct Observer<'a> {
     regions: &'a [Region],
     snapshots: Option<&'a mut dyn SnapshotSource>,
     open: &'a mut OpenThreads,
+    in_passing: bool,
 }
 
 impl<'a> Observer<'a> {
@@ -154,7 +157,7 @@ impl<'a> Observer<'a> {
         regions: &'a [Region],
         open: &'a mut OpenThreads,
     ) -> Self {
-        Self { pid, stack: StackReader::new(memory), unwinder, regions, snapshots: None, open }
+        Self { pid, stack: StackReader::new(memory), unwinder, regions, snapshots: None, open, in_passing: false }
     }
 
     /// Looks at all threads at once first.
@@ -164,15 +167,28 @@ impl<'a> Observer<'a> {
         self
     }
 
+    /// Leaves out the threads that run, instead of waiting for them and stopping them.
+    #[must_use]
+    pub fn in_passing(mut self) -> Self {
+        self.in_passing = true;
+        self
+    }
+
     /// All threads. `known` are earlier observations: they hold for threads that have not run since.
     ///
     /// # Errors
     /// The process is gone.
     pub fn observe(&mut self, known: HashMap<i32, Observation>) -> io::Result<HashMap<i32, Observation>> {
-        let mut known = known;
-        let mut seen = HashMap::new();
+        let mut seen = known;
+        seen.values_mut().for_each(|old| old.fresh = false);
+        let rest = self.by_snapshots(&mut seen);
+        if rest.as_ref().is_some_and(|rest| rest.is_empty() || self.in_passing) {
+            seen.retain(|_, found| found.fresh);
+            return Ok(seen);
+        }
         let mut folder = TaskFolder::open(self.pid)?;
-        match self.by_snapshots(&mut known, &mut seen) {
+        let (mut seen, mut known): (HashMap<_, _>, HashMap<_, _>) = seen.into_iter().partition(|(_, old)| old.fresh);
+        match rest {
             // What snapshots can't tell has had its time.
             Some(rest) => self.look_at(rest, Duration::ZERO, &mut known, &mut seen, &mut folder),
             None => self.by_list(&mut known, &mut seen, &mut folder)?,
@@ -215,7 +231,7 @@ impl<'a> Observer<'a> {
         folder: &mut TaskFolder,
     ) {
         awake.retain(|tid| !seen.contains_key(tid));
-        let patient_until = Instant::now() + patience;
+        let patient_until = Instant::now() + if self.in_passing { Duration::ZERO } else { patience };
         let mut dead_are_out = false;
         while !awake.is_empty() {
             awake.retain(|&tid| {
@@ -233,6 +249,9 @@ impl<'a> Observer<'a> {
             // Most threads that run are about to sleep again, or to wait at a gate: cheaper for all than stopping them.
             std::thread::sleep(NAP);
         }
+        if self.in_passing {
+            return;
+        }
         for tid in awake {
             if let Some(observed) = self.stopped(tid) {
                 seen.insert(tid, observed);
@@ -247,15 +266,11 @@ impl<'a> Observer<'a> {
         old.place == Place::Outside && folder.epoch(&files.clock) == Some(epoch)
     }
 
-    /// What snapshots tell, and the threads of which they tell nothing. None if there are no snapshots, or if they don't show
-    /// all threads.
-    fn by_snapshots(
-        &mut self,
-        known: &mut HashMap<i32, Observation>,
-        seen: &mut HashMap<i32, Observation>,
-    ) -> Option<Vec<i32>> {
+    /// Brings `seen` up to date by snapshots, and gives the threads of which they tell nothing. None if there are no snapshots,
+    /// or if they don't show all threads: then only what is fresh in `seen` counts.
+    fn by_snapshots(&mut self, seen: &mut HashMap<i32, Observation>) -> Option<Vec<i32>> {
         let mut source = self.snapshots.take()?;
-        let told = self.take_snapshots(&mut source, known, seen);
+        let told = self.take_snapshots(&mut source, seen);
         self.snapshots = Some(source);
         // A snapshot that fails is no loss: the other ways remain.
         told.unwrap_or_else(|error| {
@@ -267,7 +282,6 @@ impl<'a> Observer<'a> {
     fn take_snapshots(
         &mut self,
         source: &mut &'a mut dyn SnapshotSource,
-        known: &mut HashMap<i32, Observation>,
         seen: &mut HashMap<i32, Observation>,
     ) -> io::Result<Option<Vec<i32>>> {
         let patient_until = Instant::now() + PATIENCE;
@@ -279,38 +293,38 @@ impl<'a> Observer<'a> {
             let before = info::thread_count(self.pid)?;
             let now = source.snapshot(self.pid, snapshot::STACK_BYTES)?;
             let whole = now.visited >= before;
+            let mut rest = Vec::new();
             let (mut again, mut doubtful) = (false, false);
             for &(tid, epoch) in &now.same {
-                let holds = |old: &Observation| old.held_by == Some(HeldBy::Snapshot(epoch));
-                if known.get(&tid).is_some_and(holds) {
-                    seen.extend(known.remove(&tid).map(|old| (tid, old)));
+                match seen.get_mut(&tid) {
+                    Some(old) if old.fresh || old.held_by == Some(HeldBy::Snapshot(epoch)) => old.fresh = true,
+                    _ => rest.push(tid),
                 }
             }
             for task in &now.tasks {
-                // What was seen a moment ago still counts; what is told now is what the next snapshot refers to.
-                let is_new = !seen.contains_key(&task.tid);
+                // What was found a moment ago still counts, and is replaced by what the next snapshot will refer to.
+                let is_new = !seen.get(&task.tid).is_some_and(|old| old.fresh);
                 if !task.settled {
                     again |= is_new;
-                    continue;
-                }
-                let (place, frames) = self.walk(&task.registers, &task.stack);
-                // What can't be walked may do better with all registers.
-                if matches!(place, Place::Unknown(_)) {
-                    continue;
-                }
-                let how = if task.runnable { How::Preempted } else { How::Snapshot };
-                let held_by = Some(HeldBy::Snapshot(task.epoch));
-                let observation = Observation { tid: task.tid, place, frames, how, held_by };
-                if self.stack.went_beyond() {
-                    // It counts when the next snapshot finds that it has not run since.
-                    doubtful |= is_new;
-                    known.insert(task.tid, observation);
                 } else {
-                    seen.insert(task.tid, observation);
+                    let found = self.told(task);
+                    // What is read after the snapshot counts when the next one finds that the thread has not run since.
+                    let counts = !self.stack.went_beyond();
+                    // What can't be walked may do better with all registers.
+                    if !matches!(found.place, Place::Unknown(_)) && (counts || is_new) {
+                        doubtful |= !counts;
+                        seen.insert(task.tid, Observation { fresh: counts, ..found });
+                        if counts {
+                            continue;
+                        }
+                    }
+                }
+                if is_new {
+                    rest.push(task.tid);
                 }
             }
-            let patient = (doubtful && std::mem::take(&mut is_first)) || Instant::now() < patient_until;
-            if (again || doubtful || !whole) && patient {
+            let patient = !self.in_passing && Instant::now() < patient_until;
+            if (doubtful && std::mem::take(&mut is_first)) || ((again || doubtful || !whole) && patient) {
                 if !doubtful {
                     // Most threads that run are about to sleep again, or to wait at a gate.
                     std::thread::sleep(NAP);
@@ -320,11 +334,22 @@ impl<'a> Observer<'a> {
             if !whole {
                 return Ok(None);
             }
-            let alive: HashSet<i32> =
-                now.same.iter().map(|&(tid, _)| tid).chain(now.tasks.iter().map(|task| task.tid)).collect();
-            seen.retain(|tid, _| alive.contains(tid));
-            return Ok(Some(alive.into_iter().filter(|tid| !seen.contains_key(tid)).collect()));
+            // Without those that have ended.
+            if seen.len() > now.same.len() + now.tasks.len() || !rest.is_empty() {
+                let alive: HashSet<i32> =
+                    now.same.iter().map(|&(tid, _)| tid).chain(now.tasks.iter().map(|task| task.tid)).collect();
+                seen.retain(|tid, _| alive.contains(tid));
+            }
+            return Ok(Some(rest));
         }
+    }
+
+    /// What a settled thread's snapshot says.
+    fn told(&mut self, task: &TaskSnapshot) -> Observation {
+        let (place, frames) = self.walk(&task.registers, &task.stack);
+        let how = if task.runnable { How::Preempted } else { How::Snapshot };
+        let held_by = Some(HeldBy::Snapshot(task.epoch));
+        Observation { tid: task.tid, place, frames, how, held_by, fresh: true }
     }
 
     fn walk(&mut self, registers: &WalkRegisters, copied: &[u8]) -> (Place, Vec<TargetAddr>) {
@@ -348,7 +373,14 @@ impl<'a> Observer<'a> {
         let files = self.open.get(tid, folder)?;
         let sleeps_on = matches!(before, Epoch::Ran(_)) || folder.sleeping_at(&files.syscall) == Some((ip, sp));
         let slept = sleeps_on && folder.epoch(&files.clock) == Some(before);
-        slept.then_some(Observation { tid, place, frames, how: How::Asleep, held_by: Some(HeldBy::Proc(before)) })
+        slept.then_some(Observation {
+            tid,
+            place,
+            frames,
+            how: How::Asleep,
+            held_by: Some(HeldBy::Proc(before)),
+            fresh: true,
+        })
     }
 
     /// `None`: the thread has ended.
@@ -363,7 +395,9 @@ impl<'a> Observer<'a> {
         let released = thread.release();
         let how = How::Stopped(begin.elapsed());
         match (observed, released) {
-            (Some((place, frames)), Ok(())) => Some(Observation { tid, place, frames, how, held_by: None }),
+            (Some((place, frames)), Ok(())) => {
+                Some(Observation { tid, place, frames, how, held_by: None, fresh: true })
+            }
             _ => None,
         }
     }
