@@ -3,6 +3,7 @@
 
 use crate::address::TargetAddr;
 use serde::{Deserialize, Serialize};
+use std::{os::fd::BorrowedFd, time::Duration};
 
 /// What a client asks of the agent.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -409,9 +410,38 @@ pub trait Operations {
     fn detach(&mut self, request: &DetachRequest, progress: &mut dyn FnMut(Progress)) -> Result<DetachReport, Failure>;
     /// Tells what is attached.
     fn status(&mut self, request: &StatusRequest) -> Result<StatusReport, Failure>;
-    /// Looks after the targets between requests (children that were forked, processes that ended). Called about every
-    /// 200 ms while anything is attached, and not at all otherwise.
-    fn housekeeping(&mut self);
+    /// Tells what was attached when it last looked, without looking.
+    fn known(&self) -> StatusReport;
+    /// Looks after the targets (children that were forked, processes that ended, threads that have to be let go). Called after
+    /// each request, when one of [`Self::alarms`] is readable, and after the time that it asked for the last time; none: it
+    /// needs no time of its own.
+    fn housekeeping(&mut self) -> Option<Duration>;
+    /// Descriptors that are readable when there is something to look after.
+    fn alarms(&self) -> Vec<BorrowedFd<'_>>;
+    /// What became of attached processes by themselves since this was asked last.
+    fn news(&mut self) -> Vec<News>;
+}
+
+/// A process in care went its own way, and the patches in it are gone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct News {
+    /// The target that it belonged to.
+    pub target: i32,
+    /// The process.
+    pub pid: i32,
+    /// What it did.
+    pub fate: Fate,
+    /// Names of the patches that it had.
+    pub patches: Vec<String>,
+}
+
+/// How a process went out of care by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// It ended.
+    Ended,
+    /// It runs another program now: this file.
+    RunsOther(String),
 }
 
 /// Bytes as base64 in JSON.

@@ -1,11 +1,12 @@
-//! Who changed what, when, with which files, and what came of it: one line of JSON before each changing request and one after.
+//! Who changed what, when, with which files, and what came of it: one line of JSON before each changing request and one after;
+//! and one when an attached process takes its patches with it, by ending or by running another program.
 //! JSON escapes line ends and control characters, so no name can forge a record.
 //!
 //! The file is opened for each record, so that log rotation needs no help; it is only ever appended to.
 
 use crate::{
     hex::hex,
-    report::{Failure, PatchFile, Reply, Request},
+    report::{Failure, Fate, News, PatchFile, Reply, Request},
 };
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -40,6 +41,8 @@ pub enum Phase {
     Intent,
     /// This came of it.
     Result,
+    /// Nobody asked for it: an attached process did it by itself.
+    Event,
 }
 
 /// One file of a patch.
@@ -62,11 +65,11 @@ pub struct Record {
     pub agent: i32,
     /// Counts the agent's changing requests.
     pub number: u64,
-    /// The user who asked.
+    /// The user who asked; of events the agent's.
     pub uid: u32,
-    /// The client's process.
+    /// The client's process; of events the agent's.
     pub pid: i32,
-    /// attach, patch, check, revert, detach, stop.
+    /// attach, patch, check, revert, detach, stop; of events: exit, exec.
     pub command: String,
     /// Process asked about, or the first one that was worked at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -83,10 +86,10 @@ pub struct Record {
     /// The functions: asked for in the intent, replaced in the result.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub functions: Vec<String>,
-    /// "done", or the class of the failure.
+    /// "done", or the class of the failure; of events "ended" or "replaced".
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub result: Option<String>,
-    /// Why it failed.
+    /// Why it failed; of events what went with it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
     /// How long it took, microseconds.
@@ -161,23 +164,7 @@ impl AuditLog {
 
     /// The record to write before `request` is tried; none: it changes nothing.
     pub fn intent(&mut self, client: Client, request: &Request) -> Option<Record> {
-        let mut record = Record {
-            time: timestamp(),
-            phase: Phase::Intent,
-            agent: nix::unistd::getpid().as_raw(),
-            number: self.number + 1,
-            uid: client.uid,
-            pid: client.pid,
-            command: String::new(),
-            target: None,
-            patch: None,
-            sha256: None,
-            files: Vec::new(),
-            functions: Vec::new(),
-            result: None,
-            message: None,
-            duration_us: None,
-        };
+        let mut record = self.next(Phase::Intent, client);
         let command = match request {
             Request::Attach(request) => {
                 record.target = Some(request.pid);
@@ -203,8 +190,50 @@ impl AuditLog {
             Request::Status(_) | Request::List(_) => return None,
         };
         command.clone_into(&mut record.command);
-        self.number += 1;
+        self.number = record.number;
         Some(record)
+    }
+
+    /// The record of what an attached process did by itself.
+    pub fn event(&mut self, news: &News) -> Record {
+        let agent = Client { uid: nix::unistd::geteuid().as_raw(), pid: nix::unistd::getpid().as_raw() };
+        let mut record = self.next(Phase::Event, agent);
+        self.number = record.number;
+        record.target = Some(news.target);
+        let (command, result, mut message) = match &news.fate {
+            Fate::Ended => ("exit", "ended", format!("process {}", news.pid)),
+            Fate::RunsOther(program) => {
+                ("exec", "replaced", format!("process {} runs {} now", news.pid, shortened(program)))
+            }
+        };
+        if !news.patches.is_empty() {
+            let names: Vec<_> = news.patches.iter().map(|name| shortened(name)).collect();
+            message.push_str(&format!("; with it went its patches: {}", names.join(", ")));
+        }
+        command.clone_into(&mut record.command);
+        record.result = Some(result.to_owned());
+        record.message = Some(message.chars().take(4 * NAME_LIMIT).collect());
+        record
+    }
+
+    fn next(&self, phase: Phase, who: Client) -> Record {
+        Record {
+            time: timestamp(),
+            phase,
+            agent: nix::unistd::getpid().as_raw(),
+            number: self.number + 1,
+            uid: who.uid,
+            pid: who.pid,
+            command: String::new(),
+            target: None,
+            patch: None,
+            sha256: None,
+            files: Vec::new(),
+            functions: Vec::new(),
+            result: None,
+            message: None,
+            duration_us: None,
+        }
     }
 }
 

@@ -1,9 +1,10 @@
 //! The thread that owns the engine: takes one request after the other, writes the audit log around each, and looks after the
-//! targets in between. It waits for nobody: progress that a client does not read is dropped.
+//! targets in between, when something happens to them. It waits for nobody: progress that a client does not read is dropped.
 
 use super::{
     OperationsFactory,
     audit::{AuditLog, Client, Record},
+    bell::{Bell, Waited},
     watchdog::Watchdog,
 };
 use crate::{
@@ -20,14 +21,9 @@ use std::{
         mpsc,
     },
     thread,
-    time::{Duration, Instant},
+    time::Instant,
 };
 use tokio::sync::{mpsc as async_mpsc, oneshot, watch};
-
-/// How often targets are looked after.
-const HOUSEKEEPING: Duration = Duration::from_millis(200);
-/// So many rounds of housekeeping between two looks whether anything is still attached.
-const ROUNDS_PER_CENSUS: u32 = 10;
 
 /// A request on its way through the engine.
 pub(super) struct Job {
@@ -44,18 +40,13 @@ pub(super) struct Job {
 /// What the rest of the agent sees of the engine thread.
 #[derive(Clone)]
 pub(super) struct EngineQueue {
-    messages: mpsc::Sender<Message>,
+    jobs: mpsc::Sender<Box<Job>>,
     shared: Arc<Shared>,
 }
 
-enum Message {
-    Job(Box<Job>),
-    /// Look at `Shared::ending`.
-    End,
-}
-
-#[derive(Default)]
 struct Shared {
+    /// Rung when there is a job, or the end has come.
+    bell: Bell,
     busy_with: Mutex<Option<String>>,
     /// Ends what the engine is at.
     cancel: Mutex<Option<Cancel>>,
@@ -75,7 +66,8 @@ pub(super) struct EngineEvents {
 impl EngineQueue {
     /// Queues a job. If the engine is gone the job is dropped, and with it the sender of its reply.
     pub fn send(&self, job: Job) {
-        let _ = self.messages.send(Message::Job(Box::new(job)));
+        let _ = self.jobs.send(Box::new(job));
+        self.shared.bell.ring();
     }
 
     /// Has the engine end after the job that it is at, which is cancelled if it still can be; queued ones are dropped.
@@ -84,7 +76,7 @@ impl EngineQueue {
         if let Some(cancel) = &*lock(&self.shared.cancel) {
             cancel.ask("the agent was told to end");
         }
-        let _ = self.messages.send(Message::End);
+        self.shared.bell.ring();
     }
 
     /// What the engine is at now, for a person.
@@ -114,22 +106,34 @@ pub(super) fn start(
     watchdog: Watchdog,
     audit: AuditLog,
 ) -> io::Result<(EngineQueue, EngineEvents)> {
-    let (messages, queue) = mpsc::channel();
+    let (jobs, queue) = mpsc::channel();
     let (attached_sender, attached) = watch::channel(false);
     let (ended_sender, ended) = oneshot::channel();
-    let shared = Arc::new(Shared::default());
+    let shared = Arc::new(Shared {
+        bell: Bell::new()?,
+        busy_with: Mutex::default(),
+        cancel: Mutex::default(),
+        status: Mutex::default(),
+        ending: AtomicBool::new(false),
+    });
     let ours = Arc::clone(&shared);
     thread::Builder::new().name("engine".to_owned()).spawn(move || {
         leave_signals_to_the_runtime();
         let outcome = catch_unwind(AssertUnwindSafe(|| {
-            let mut worker =
-                Worker { operations: factory(), _watchdog: watchdog, audit, attached: attached_sender, shared: ours };
+            let mut worker = Worker {
+                operations: factory(),
+                _watchdog: watchdog,
+                audit,
+                attached: attached_sender,
+                shared: ours,
+                look_again_at: None,
+            };
             worker.work(&queue)
         }));
         let outcome = outcome.unwrap_or_else(|panic| Err(words_of(&*panic)));
         let _ = ended_sender.send(outcome);
     })?;
-    Ok((EngineQueue { messages, shared }, EngineEvents { attached, ended }))
+    Ok((EngineQueue { jobs, shared }, EngineEvents { attached, ended }))
 }
 
 /// A signal to the agent must not interrupt a `waitpid` in the middle of a patch.
@@ -150,44 +154,48 @@ struct Worker {
     audit: AuditLog,
     attached: watch::Sender<bool>,
     shared: Arc<Shared>,
+    look_again_at: Option<Instant>,
 }
 
 impl Worker {
-    fn work(&mut self, queue: &mpsc::Receiver<Message>) -> Result<(), String> {
-        let mut rounds = 0;
-        let mut next_round = Instant::now() + HOUSEKEEPING;
+    fn work(&mut self, queue: &mpsc::Receiver<Box<Job>>) -> Result<(), String> {
         loop {
-            let message = if *self.attached.borrow() {
-                queue.recv_timeout(next_round.saturating_duration_since(Instant::now()))
-            } else {
-                // At rest: nothing to look after, so nothing to do until somebody asks.
-                queue.recv().map_err(|mpsc::RecvError| mpsc::RecvTimeoutError::Disconnected)
-            };
-            if self.shared.ending.load(Ordering::Relaxed) {
-                return Ok(());
-            }
-            match message {
-                Ok(Message::Job(job)) => {
-                    self.do_job(*job)?;
-                    self.take_census();
+            self.look_after_targets();
+            loop {
+                if self.shared.ending.load(Ordering::Relaxed) {
+                    return Ok(());
                 }
-                Ok(Message::End) | Err(mpsc::RecvTimeoutError::Disconnected) => return Ok(()),
-                Err(mpsc::RecvTimeoutError::Timeout) => {
-                    self.operations.housekeeping();
-                    rounds += 1;
-                    if rounds % ROUNDS_PER_CENSUS == 0 {
+                match queue.try_recv() {
+                    Ok(job) => {
+                        self.do_job(*job)?;
                         self.take_census();
+                        break;
                     }
-                    next_round = Instant::now() + HOUSEKEEPING;
+                    Err(mpsc::TryRecvError::Disconnected) => return Ok(()),
+                    Err(mpsc::TryRecvError::Empty) => {}
+                }
+                // With nothing to look after this lasts until somebody asks for something.
+                if self.shared.bell.wait(self.operations.alarms(), self.look_again_at) == Waited::ForOthers {
+                    break;
                 }
             }
         }
     }
 
+    fn look_after_targets(&mut self) {
+        self.look_again_at = self.operations.housekeeping().map(|time| Instant::now() + time);
+        self.take_census();
+    }
+
     fn take_census(&mut self) {
-        let report = self.operations.status(&StatusRequest::default()).ok();
-        let now = report.as_ref().is_some_and(|report| !report.targets.is_empty());
-        *lock(&self.shared.status) = report;
+        for news in self.operations.news() {
+            let record = self.audit.event(&news);
+            tracing::info!(pid = news.pid, target = news.target, result = record.result, "gone out of care");
+            self.append(&record);
+        }
+        let report = self.operations.known();
+        let now = !report.targets.is_empty();
+        *lock(&self.shared.status) = Some(report);
         self.attached.send_if_modified(|attached| std::mem::replace(attached, now) != now);
     }
 
@@ -223,16 +231,17 @@ impl Worker {
         };
         self.note(None);
         if let Some(intent) = intent {
-            self.log_result(intent, &answer, started.elapsed());
+            self.append(&intent.result(&answer, started.elapsed()));
         }
         let _ = reply.send(answer);
         // After a panic the engine's picture of the targets can't be trusted; a new agent reads it from the targets.
         end
     }
 
-    fn log_result(&self, intent: Record, answer: &Reply, took: Duration) {
-        if let Err(error) = self.audit.append(&intent.result(answer, took)) {
-            tracing::error!(%error, "the result of a request could not be logged");
+    /// For what has happened already.
+    fn append(&self, record: &Record) {
+        if let Err(error) = self.audit.append(record) {
+            tracing::error!(%error, "what has happened could not be logged");
         }
     }
 

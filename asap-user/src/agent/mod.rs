@@ -7,6 +7,7 @@
 //! after the other. The watchdog is a process, so that it also sees an agent that is stopped as a whole.
 
 pub mod audit;
+mod bell;
 mod engine_thread;
 mod error;
 pub mod launch;

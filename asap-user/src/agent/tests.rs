@@ -3,12 +3,15 @@
 use super::{AgentError, AgentOptions, audit, protocol, run, socket};
 use crate::report::{
     AttachReport, AttachRequest, Consistency, DetachReport, DetachRequest, Failure, FailureKind, InstalledPatch,
-    Mechanism, Operations, PatchFile, PatchId, PatchReport, PatchRequest, Progress, Reply, Request, RevertRequest,
-    StatusReport, StatusRequest, TargetReport,
+    Mechanism, News, Operations, PatchFile, PatchId, PatchReport, PatchRequest, Progress, Reply, Request,
+    RevertRequest, StatusReport, StatusRequest, TargetReport,
 };
 use std::{
     io::{BufRead, BufReader, Read, Write},
-    os::unix::{fs::PermissionsExt, net::UnixStream},
+    os::{
+        fd::BorrowedFd,
+        unix::{fs::PermissionsExt, net::UnixStream},
+    },
     path::PathBuf,
     sync::mpsc,
     thread::{self, JoinHandle},
@@ -74,10 +77,21 @@ impl Operations for Straw {
         Ok(DetachReport { pid, reverted: Vec::new(), remaining: Vec::new(), clean: None })
     }
     fn status(&mut self, _: &StatusRequest) -> Result<StatusReport, Failure> {
-        let targets = self.targets.iter().map(|&pid| target(pid)).collect();
-        Ok(StatusReport { agent: 1, version: "straw".to_owned(), targets })
+        Ok(self.known())
     }
-    fn housekeeping(&mut self) {}
+    fn known(&self) -> StatusReport {
+        let targets = self.targets.iter().map(|&pid| target(pid)).collect();
+        StatusReport { agent: 1, version: "straw".to_owned(), targets }
+    }
+    fn housekeeping(&mut self) -> Option<Duration> {
+        None
+    }
+    fn alarms(&self) -> Vec<BorrowedFd<'_>> {
+        Vec::new()
+    }
+    fn news(&mut self) -> Vec<News> {
+        Vec::new()
+    }
 }
 
 struct Agent {

@@ -92,7 +92,6 @@ pub fn patch(
                 // It ended by itself: no reason to refuse the others.
                 Err(failure) if !process.is_alive() && (done.len() > 1 || count > 1) => {
                     tracing::info!(pid, %failure, "a process ended while it was being patched");
-                    target.processes.remove(&pid);
                 }
                 Err(failure) if !process.is_alive() => return Err(Failure { state: TargetState::Gone, ..failure }),
                 Err(failure) => return Err(failure),

@@ -8,7 +8,7 @@ use super::{
 use crate::{
     address::{LoadBias, TargetAddr},
     image::Image,
-    kernel::{self, Ebpf, Series},
+    kernel::{self, Ebpf, KernelError, LifeCycles, Series},
     process::{
         info::{self, ProcessInfo},
         ptrace::{Stopped, Stopping, TraceError},
@@ -62,6 +62,11 @@ impl Observers {
             Some(parents) => info::children_of(pid, &parents),
             None => info::children(pid),
         }
+    }
+
+    /// What tells of forks and execs; `None`: no eBPF here.
+    pub fn life_cycles(&self) -> Option<Result<LifeCycles, KernelError>> {
+        self.ebpf().ok().map(Ebpf::life_cycles)
     }
 
     /// Whether a uprobe program may write registers here.

@@ -19,28 +19,39 @@ mod target;
 mod text;
 mod transaction;
 mod undo;
+mod watch;
 
 use crate::{
     cancel,
     patch::{PatchObject, manifest::Manifest},
+    process::ptrace::release_latecomers,
     report::{
-        AttachReport, AttachRequest, DetachReport, DetachRequest, Failure, InstalledPatch, Mechanism, Operations,
+        AttachReport, AttachRequest, DetachReport, DetachRequest, Failure, InstalledPatch, Mechanism, News, Operations,
         PatchId, PatchReport, PatchRequest, Progress, RevertRequest, StatusReport, StatusRequest, TargetState,
     },
 };
 use modules::ImageCache;
+use process::TargetProcess;
 use std::{
     collections::BTreeMap,
+    os::fd::BorrowedFd,
     time::{Duration, Instant},
 };
 use target::Target;
 use undo::Undo;
+use watch::LifeWatch;
+
+/// How soon to look again for threads that are to be let go.
+const LATECOMERS: Duration = Duration::from_millis(20);
 
 /// The engine: all targets of an agent. Lives on one thread, the one that traces.
 pub struct Engine {
     targets: BTreeMap<i32, Target>,
     images: ImageCache,
     observers: check::Observers,
+    watch: LifeWatch,
+    /// What became of processes of targets that are no more.
+    news: Vec<News>,
 }
 
 impl Default for Engine {
@@ -57,7 +68,13 @@ impl Engine {
         // SAFETY: no memory is involved. Without the right to raise it the priority stays.
         unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -20) };
         raise_descriptor_limit();
-        Self { targets: BTreeMap::new(), images: ImageCache::default(), observers: check::Observers::load() }
+        Self {
+            targets: BTreeMap::new(),
+            images: ImageCache::default(),
+            observers: check::Observers::load(),
+            watch: LifeWatch::default(),
+            news: Vec::new(),
+        }
     }
 
     /// The pid of the target that a request means.
@@ -84,6 +101,29 @@ impl Engine {
                 kind: crate::report::FailureKind::Usage,
                 ..Failure::refused(format!("several targets are attached: {}", attached()), "say which one with --pid")
             }),
+        }
+    }
+
+    /// The helpers of processes that have ended go with them.
+    fn bury_dead(&mut self) {
+        let news = &mut self.news;
+        self.targets.retain(|pid, target| {
+            target.bury_dead();
+            let is_empty = target.processes.is_empty();
+            if is_empty {
+                tracing::info!(pid, "the target has ended");
+                news.append(&mut target.news);
+            }
+            !is_empty
+        });
+    }
+
+    /// Takes children into care that were forked since the last look. They carry the patches that their parents had.
+    fn discover(&mut self) {
+        for target in self.targets.values_mut() {
+            if let Err(failure) = target.discover(&self.observers) {
+                tracing::warn!(pid = target.root, %failure, "a child process could not be taken into care");
+            }
         }
     }
 
@@ -202,7 +242,7 @@ impl Operations for Engine {
     fn attach(&mut self, request: &AttachRequest, progress: &mut dyn FnMut(Progress)) -> Result<AttachReport, Failure> {
         let begin = Instant::now();
         let pid = request.pid;
-        self.housekeeping();
+        self.bury_dead();
         if self.targets.contains_key(&pid) {
             return Err(Failure::refused(format!("process {pid} is attached already"), "go on with asap patch"));
         }
@@ -275,34 +315,46 @@ impl Operations for Engine {
     }
 
     fn status(&mut self, request: &StatusRequest) -> Result<StatusReport, Failure> {
-        self.housekeeping();
-        for target in self.targets.values_mut() {
-            if let Err(failure) = target.discover(&self.observers) {
-                tracing::warn!(pid = target.root, %failure, "a child process could not be taken into care");
-            }
-        }
-        let targets = match request.pid {
-            Some(pid) => {
-                let pid = self.meant(Some(pid))?;
-                self.targets.get(&pid).map(Target::report).into_iter().collect()
-            }
-            None => self.targets.values().map(Target::report).collect(),
-        };
-        Ok(StatusReport { agent: std::process::id() as i32, version: env!("CARGO_PKG_VERSION").into(), targets })
+        self.bury_dead();
+        self.discover();
+        let Some(pid) = request.pid else { return Ok(self.known()) };
+        let pid = self.meant(Some(pid))?;
+        let targets = self.targets.get(&pid).map(Target::report).into_iter().collect();
+        Ok(StatusReport { targets, ..nothing_known() })
     }
 
-    fn housekeeping(&mut self) {
-        // The helpers of processes that have ended go with them; new children carry the patches that their parents had, and
-        // are taken into care when something is asked about them.
-        self.targets.values_mut().for_each(Target::bury_dead);
-        self.targets.retain(|pid, target| {
-            let alive = target.is_alive();
-            if !alive {
-                tracing::info!(pid, "the target has ended");
-            }
-            alive
-        });
+    fn known(&self) -> StatusReport {
+        StatusReport { targets: self.targets.values().map(Target::report).collect(), ..nothing_known() }
     }
+
+    fn housekeeping(&mut self) -> Option<Duration> {
+        self.watch.hear(&self.targets);
+        self.bury_dead();
+        self.watch.follow(&self.targets, &self.observers);
+        if self.watch.wants_discovery() {
+            self.discover();
+            self.watch.discovered(&self.targets);
+            self.watch.follow(&self.targets, &self.observers);
+        }
+        // Nobody else would let them go: they would stay stopped.
+        let latecomers = (release_latecomers() > 0).then_some(LATECOMERS);
+        self.watch.next_look(&self.targets).into_iter().chain(latecomers).min()
+    }
+
+    fn alarms(&self) -> Vec<BorrowedFd<'_>> {
+        let processes = self.targets.values().flat_map(|target| target.processes.values());
+        processes.map(TargetProcess::alarm).chain(self.watch.alarm()).collect()
+    }
+
+    fn news(&mut self) -> Vec<News> {
+        let of_targets = self.targets.values_mut().flat_map(|target| std::mem::take(&mut target.news));
+        std::mem::take(&mut self.news).into_iter().chain(of_targets).collect()
+    }
+}
+
+fn nothing_known() -> StatusReport {
+    let agent = std::process::id() as i32;
+    StatusReport { agent, version: env!("CARGO_PKG_VERSION").into(), targets: Vec::new() }
 }
 
 /// The failure of one revert of several, of which others are done.

@@ -16,13 +16,13 @@ use crate::{
         pages,
         puppet::{self, Puppet, PuppetError},
     },
-    report::{Failure, PatchId, ProcessReport},
+    report::{Failure, Fate, PatchId, ProcessReport},
 };
 use std::{
     collections::BTreeMap,
-    io,
+    fs, io,
     ops::Range,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     time::Duration,
 };
 
@@ -210,11 +210,18 @@ impl TargetProcess {
         shares(self.pid) || info::living_thread(self.pid).is_none_or(shares)
     }
 
+    /// Readable when it has ended (pidfd_open(2)).
+    #[must_use]
+    pub fn alarm(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+
     /// Lets go of a process that is not alive any more. One that runs another program now is rid of its dead helper.
-    pub fn bury(self) {
-        if self.has_ended() {
-            return;
-        }
+    pub fn bury(self) -> Fate {
+        let tid = info::living_thread(self.pid).unwrap_or(self.pid);
+        // While it is ending it has no memory, and no executable.
+        let program = fs::read_link(format!("/proc/{tid}/exe"));
+        let Some(program) = program.ok().filter(|_| !self.has_ended()) else { return Fate::Ended };
         let Self { pid, puppet, .. } = self;
         let of_the_new_program = || {
             let memory = Memory::open(pid)?;
@@ -226,6 +233,7 @@ impl TargetProcess {
         {
             tracing::warn!(pid, %error, "a dead helper could not be reaped");
         }
+        Fate::RunsOther(program.to_string_lossy().into_owned())
     }
 
     fn has_ended(&self) -> bool {

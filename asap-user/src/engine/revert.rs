@@ -86,7 +86,6 @@ fn from_all(
                 Ok(report) => reports.push(report),
                 Err(failure) if !process.is_alive() => {
                     tracing::info!(pid, %failure, "a process ended while a patch was taken out");
-                    target.processes.remove(&pid);
                 }
                 Err(failure) if reports.is_empty() => return Err(failure),
                 Err(failure) => {

@@ -4,7 +4,7 @@
 use super::{check::Observers, exchange, process::TargetProcess};
 use crate::{
     process::info::{self, ProcessInfo},
-    report::{Failure, InstalledPatch, PatchId, TargetReport},
+    report::{Failure, Fate, InstalledPatch, News, PatchId, TargetReport},
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -29,6 +29,8 @@ pub struct Target {
     pub processes: BTreeMap<i32, TargetProcess>,
     /// What the administrator should know.
     pub notes: Vec<String>,
+    /// What became of its processes, until somebody asks.
+    pub news: Vec<News>,
 }
 
 fn executable_of(pid: i32) -> Option<FileId> {
@@ -55,6 +57,7 @@ impl Target {
             build_id: None,
             processes: BTreeMap::from([(root, process)]),
             notes: Vec::new(),
+            news: Vec::new(),
         };
         if let Err(failure) = target.recover_all().and_then(|()| target.discover(observers).map(drop)) {
             target.leave_all();
@@ -110,7 +113,28 @@ impl Target {
     /// Lets go of processes that have ended or run another program.
     pub fn bury_dead(&mut self) {
         let dead: Vec<i32> = self.processes.values().filter(|process| !process.is_alive()).map(|p| p.pid).collect();
-        dead.iter().filter_map(|pid| self.processes.remove(pid)).for_each(TargetProcess::bury);
+        for process in dead.iter().filter_map(|pid| self.processes.remove(pid)).collect::<Vec<_>>() {
+            let pid = process.pid;
+            let patches = process.book.ledger.patches.iter().map(|patch| patch.name.clone()).collect();
+            let fate = process.bury();
+            // Servers have children that come and go; only the end of the whole is news.
+            let is_last = self.processes.is_empty() && !dead.contains(&self.root);
+            if fate != Fate::Ended || pid == self.root || is_last {
+                self.news.push(News { target: self.root, pid, fate, patches });
+            }
+        }
+    }
+
+    /// Whether children of `pid` belong to it.
+    #[must_use]
+    pub fn wants_children_of(&self, pid: i32) -> bool {
+        !self.only && self.processes.contains_key(&pid)
+    }
+
+    /// Whether `pid` is a helper of ours in one of its processes.
+    #[must_use]
+    pub fn has_helper(&self, pid: i32) -> bool {
+        self.processes.values().any(|process| process.puppet.pid() == pid)
     }
 
     /// Whether `pid` still lives and runs the target's executable.
@@ -132,7 +156,8 @@ impl Target {
             for child in observers.children(pid) {
                 // Helpers of ours are children of the target, too.
                 let ours = puppets.contains(&child) || ProcessInfo::of(child).is_ok_and(|info| info.tracer == agent);
-                if ours || !self.is_descendant(child) {
+                // One that still uses its parent's memory (vfork(2)) is about to run another program.
+                if ours || !self.is_descendant(child) || info::share_memory(pid, child) == Some(true) {
                     continue;
                 }
                 if !self.processes.contains_key(&child) {
@@ -142,12 +167,6 @@ impl Target {
             }
         }
         new
-    }
-
-    /// Whether any process of it lives.
-    #[must_use]
-    pub fn is_alive(&self) -> bool {
-        self.processes.values().any(TargetProcess::is_alive)
     }
 
     /// Longest stop of one thread that attaching took.

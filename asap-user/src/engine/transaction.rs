@@ -9,7 +9,7 @@ use super::{
 };
 use crate::address::TargetAddr;
 use crate::cancel;
-use crate::process::ptrace::Stopped;
+use crate::process::ptrace::{Stopped, release_latecomers};
 use crate::report::{BusyThread, Consistency, Failure, FailureKind, ProcessPatchReport, TargetState};
 use std::time::{Duration, Instant};
 
@@ -121,6 +121,8 @@ fn attempt_until_quiet(
         if !process.is_alive() {
             return Err(gone(process.pid, "it has exited or runs another program now"));
         }
+        // Threads that did not stop in time may have stopped since.
+        release_latecomers();
         // Everything is in its place while it waits.
         if let Some(reason) = cancel::reason() {
             return Err(Failure::cancelled(reason));

@@ -10,7 +10,7 @@ use asap_common::{LifeRecord, life};
 use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError, RingBuf};
 use std::{
     ffi::CStr,
-    os::fd::{AsFd, AsRawFd, OwnedFd, RawFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
 /// What happened to a watched process; ids are of the agent's pid namespace.
@@ -129,10 +129,11 @@ impl LifeCycles {
         }
         Ok(events)
     }
+}
 
-    /// Readable while events wait; for epoll.
-    #[must_use]
-    pub fn events_fd(&self) -> RawFd {
-        self.events.as_raw_fd()
+/// Readable while events wait.
+impl AsFd for LifeCycles {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.events.as_fd()
     }
 }

@@ -1,6 +1,7 @@
 //! The real program on real processes: one module per behaviour that a user can see, the promises P1 to P6 by their names.
 //! Programs to be patched are in `tests/fixtures`; tests that need root say so and are skipped without it.
 
+mod at_rest;
 mod cancelled_requests;
 mod confined_targets;
 mod dry_run;
