@@ -219,7 +219,7 @@ pub struct InstalledPatch {
 pub struct FunctionReport {
     /// Name, demangled.
     pub name: String,
-    /// File name of the module it lives in.
+    /// Path of the module it lives in, as the target sees it.
     pub module: String,
     /// Entry of the function in the target.
     pub old: TargetAddr,

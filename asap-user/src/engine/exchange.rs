@@ -6,6 +6,7 @@ use super::{
     ledger::{AppliedPatch, ChangedPage, Pending, Span},
     process::{TargetProcess, explain, gone},
     text::{self, Jumps},
+    unloaded,
 };
 use crate::{
     address::{PAGE_SIZE, TargetAddr},
@@ -134,6 +135,10 @@ impl Exchange {
             self.discard(process, &back, &gates);
             return Err(failure);
         }
+        if let Err(failure) = self.check_in_place(process) {
+            self.discard(process, &back, &gates);
+            return Err(failure);
+        }
         crate::fault::point("gate.prepared");
         let since = Instant::now();
         let watched = watchdog::section("closed gates", GATE_LIMIT);
@@ -148,6 +153,24 @@ impl Exchange {
         Ok(Closed { since, back, _watched: watched })
     }
 
+    /// The target may have unloaded the module meanwhile, and may have put something else there (dlclose(3)): then nothing of ours
+    /// belongs there. By their bytes, since this comes right before the pages are moved.
+    fn check_in_place(&self, process: &TargetProcess) -> Result<(), Failure> {
+        let is_there =
+            |change: &PageChange| pages::content(&process.memory, change.page).is_ok_and(|now| now == change.before);
+        match self.changes.iter().find(|change| !is_there(change)) {
+            None => Ok(()),
+            Some(_) if !process.is_alive() => Err(gone(process.pid, "it has exited or runs another program now")),
+            Some(change) => Err(Failure::refused(
+                format!(
+                    "process {} has unloaded or changed the code at {} while it was being patched",
+                    process.pid, change.page
+                ),
+                "look at it with `asap status`; try again when the module is loaded again",
+            )),
+        }
+    }
+
     /// Puts the pages back as they were and lets everybody go on.
     pub fn reopen(&self, process: &mut TargetProcess, closed: Closed) -> GateTime {
         self.put_back(process, &closed.back, self.changes.len());
@@ -160,6 +183,12 @@ impl Exchange {
     /// The kernel refused; the pages are as they were.
     pub fn commit(mut self, process: &mut TargetProcess, closed: Option<Closed>) -> Result<GateTime, Failure> {
         let pid = process.pid;
+        if closed.is_none()
+            && let Err(failure) = self.check_in_place(process)
+        {
+            self.abandon(process);
+            return Err(failure);
+        }
         let moves: Vec<_> =
             self.changes.iter().filter_map(|change| change.next.map(|next| (next, change.page))).collect();
         let moved = process.puppet.exchange(&process.memory, &moves);
@@ -432,6 +461,7 @@ pub fn recover(process: &mut TargetProcess) -> Result<(), Failure> {
         hooks::settle_registration(process)?;
     }
     remove_remains(process)?;
+    unloaded::forget(process)?;
     let Some(pending) = process.book.ledger.pending.clone() else { return Ok(()) };
     let pid = process.pid;
     let before = text::jumps(&process.book.ledger.patches).unwrap_or_default();

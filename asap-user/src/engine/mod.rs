@@ -19,6 +19,7 @@ mod target;
 mod text;
 mod transaction;
 mod undo;
+mod unloaded;
 mod watch;
 
 use crate::{

@@ -368,12 +368,28 @@ impl TargetProcess {
             return Ok(None);
         }
         let Ok(maps) = Maps::of(pid) else { return Ok(None) };
-        let same_bytes =
-            baseline.pages.iter().all(|(&page, bytes)| pages::content(&memory, page).is_ok_and(|now| now == *bytes));
-        // What the target itself has mapped or unmapped meanwhile (dlopen) is its own affair: ours must all be there.
+        // What the target itself has mapped or unmapped meanwhile (dlopen, dlclose) is its own affair: else ours must all be there.
         let now = executable_mappings(&maps);
-        let same_maps = baseline.mappings.is_none_or(|before| before.iter().all(|mapping| now.contains(mapping)));
+        let is_as_before = |mapping: &FileMapping| {
+            let (range, _, inode) = mapping;
+            let overlaps =
+                |other: &FileMapping| other.0.start < range.end && range.start < other.0.end && other.2 == *inode;
+            now.contains(mapping) || !now.iter().any(overlaps)
+        };
+        let before = baseline.mappings.as_deref().unwrap_or_default();
+        let same_maps = before.iter().all(is_as_before);
+        let went = |page| before.iter().any(|mapping| mapping.0.contains(&page) && !now.contains(mapping));
+        let is_there = |page| now.iter().any(|mapping| mapping.0.contains(&page)) && !went(page);
+        let has_its_bytes = |(&page, bytes): (&TargetAddr, &Vec<u8>)| {
+            !is_there(page) || pages::content(&memory, page).is_ok_and(|now| now == *bytes)
+        };
+        let same_bytes = baseline.pages.iter().all(has_its_bytes);
         Ok(Some(same_bytes && same_maps))
+    }
+
+    /// The target has unmapped this page: what it held is of no more interest.
+    pub fn forget_page(&mut self, page: TargetAddr) {
+        self.baseline.pages.remove(&page);
     }
 
     /// Notes what a text page held before it was exchanged for the first time.

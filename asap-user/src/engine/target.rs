@@ -1,7 +1,7 @@
 //! A target: a process that was attached to, and those of its descendants that run the same executable, also those forked
 //! later. A child of a patched process is born patched, since fork(2) copies its memory; here it is found and taken into care.
 
-use super::{check::Observers, exchange, process::TargetProcess};
+use super::{check::Observers, exchange, process::TargetProcess, unloaded};
 use crate::{
     process::info::{self, ProcessInfo},
     report::{Failure, Fate, InstalledPatch, News, PatchId, TargetReport},
@@ -81,6 +81,7 @@ impl Target {
     /// A descendant can't be attached although it lives.
     pub fn discover(&mut self, observers: &Observers) -> Result<Vec<i32>, Failure> {
         self.bury_dead();
+        self.forget_unloaded();
         let mut found = Vec::new();
         if self.only {
             return Ok(found);
@@ -106,6 +107,16 @@ impl Target {
             }
             if !attached {
                 return Ok(found);
+            }
+        }
+    }
+
+    /// What went away with modules that a process has unloaded is no longer there to be reverted.
+    fn forget_unloaded(&mut self) {
+        for process in self.processes.values_mut() {
+            match unloaded::forget(process) {
+                Ok(unloaded) => self.notes.extend(unloaded.iter().map(|unloaded| unloaded.note(process.pid))),
+                Err(failure) => tracing::info!(pid = process.pid, %failure, "not looked at for unloaded modules"),
             }
         }
     }

@@ -24,3 +24,4 @@ mod patch_references;
 mod replaced_executable;
 mod support;
 mod target_changes_midway;
+mod unloaded_modules;
