@@ -90,6 +90,12 @@ impl TargetProcess {
             io::ErrorKind::NotFound => Failure::refused(format!("process {pid} ended"), "look the process up again"),
             _ => refused(pid, error),
         };
+        if let Some(agent) = puppet::other_agent(pid, children) {
+            return Err(Failure::refused(
+                format!("process {pid} is in the care of another agent: process {agent}"),
+                "give the commands to that agent (--socket), or end it first: asap stop",
+            ));
+        }
         let memory = Memory::open(pid).map_err(failed)?;
         // They may be changing what is mapped.
         let dead_helpers = puppet::await_orphans(pid, children, ORPHAN_LIMIT);

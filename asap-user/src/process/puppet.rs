@@ -501,6 +501,18 @@ pub fn await_orphans(target: i32, children: &[i32], limit: Duration) -> Vec<i32>
     orphans.into_iter().filter(|(_, info)| info.state == 'Z').map(|(child, _)| child).collect()
 }
 
+/// The agent that has a living puppet among `children` of `target`, if it is not this one.
+#[must_use]
+pub fn other_agent(target: i32, children: &[i32]) -> Option<i32> {
+    let own = std::process::id() as i32;
+    let tid = info::living_thread(target).unwrap_or(target);
+    let master = |&child: &i32| {
+        let info = ProcessInfo::of(child).ok().filter(|info| info.exit_signal == 0 && info.state != 'Z')?;
+        (info.tracer != 0 && info.tracer != own && info::share_memory(tid, child) == Some(true)).then_some(info.tracer)
+    };
+    children.iter().find_map(master)
+}
+
 /// Has a thread of `target` reap its dead child `puppet`.
 ///
 /// # Errors

@@ -109,7 +109,7 @@ fn p6_process_1_of_its_namespace() {
         lab.path("inner-log/audit.jsonl").display()
     );
     let mut command = Command::new("unshare");
-    command.args(["--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", &asap]);
+    command.args(["--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", &asap]).env("ASAP_JOURNAL", "");
     let output = command.stdin(Stdio::null()).output().expect("unshare runs");
     let text = String::from_utf8_lossy(&output.stdout);
     let (json, code) = text.trim().rsplit_once('\n').unwrap_or_else(|| panic!("{output:?}"));
@@ -194,12 +194,13 @@ fn p6_another_agents_target() {
     let mut command = Command::new(program());
     let socket = lab.path("second/agent.sock");
     let log = lab.path("second-log/audit.jsonl");
-    command.arg("--json").arg("--socket").arg(&socket).arg("--log").arg(&log);
+    command.env("ASAP_JOURNAL", "").arg("--json").arg("--socket").arg(&socket).arg("--log").arg(&log);
     let output = command.args(["attach", "--pid", &target.pid_text()]).output().expect("asap runs");
     let mut stop = Command::new(program());
     let stopped = stop.arg("--socket").arg(&socket).arg("--log").arg(&log).arg("stop").output().expect("asap runs");
     assert!(stopped.status.success());
     assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stdout).contains("another agent"), "{output:?}");
     assert_eq!(target.number("call 1"), 3, "the first agent's patch works");
     assert_eq!(lab.status().targets[0].patches.len(), 1);
     assert_eq!(lab.detach(&["--revert"]).clean, Some(true), "the first agent still has the target in hand");
