@@ -2,8 +2,9 @@
 //! and one when an attached process takes its patches with it, by ending or by running another program.
 //! JSON escapes line ends and control characters, so no name can forge a record.
 //!
-//! The file is opened for each record, so that log rotation needs no help; it is only ever appended to.
+//! systemd's journal gets a copy, where there is one (`journal`). The file is opened for each record, so that log rotation needs no help; it is only ever appended to.
 
+use super::journal::Journal;
 use crate::{
     hex::hex,
     report::{Failure, Fate, News, PatchFile, Reply, Request},
@@ -111,6 +112,7 @@ pub struct Client {
 pub struct AuditLog {
     path: PathBuf,
     number: u64,
+    journal: Option<Journal>,
 }
 
 impl AuditLog {
@@ -128,9 +130,15 @@ impl AuditLog {
                 _ => {}
             }
         }
-        let log = Self { path: path.to_owned(), number: 0 };
+        let log = Self { path: path.to_owned(), number: 0, journal: None };
         log.file().map_err(|error| failed(error.to_string()))?;
         Ok(log)
+    }
+
+    /// The same, with a copy of each record for the system's journal.
+    #[must_use]
+    pub fn with_journal(self, journal: Option<Journal>) -> Self {
+        Self { journal, ..self }
     }
 
     fn file(&self) -> io::Result<File> {
@@ -156,10 +164,14 @@ impl AuditLog {
     /// The disk is full, or the file can't be trusted any more.
     pub fn append(&self, record: &Record) -> Result<(), AuditError> {
         let failed = |why: String| AuditError { path: self.path.clone(), why };
-        let mut line = serde_json::to_vec(record).map_err(|error| failed(error.to_string()))?;
-        line.push(b'\n');
-        let written = self.file().and_then(|mut file| file.write_all(&line));
-        written.map_err(|error| failed(error.to_string()))
+        let mut line = serde_json::to_string(record).map_err(|error| failed(error.to_string()))?;
+        line.push('\n');
+        let written = self.file().and_then(|mut file| file.write_all(line.as_bytes()));
+        written.map_err(|error| failed(error.to_string()))?;
+        if let Some(journal) = &self.journal {
+            journal.send(record, line.trim_end());
+        }
+        Ok(())
     }
 
     /// The record to write before `request` is tried; none: it changes nothing.
@@ -371,7 +383,11 @@ mod tests {
         AuditLog::open(&link).expect_err("a link");
         use std::os::unix::fs::PermissionsExt;
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).expect("chmod");
-        let record = AuditLog::intent(&mut AuditLog { path: path.clone(), number: 0 }, CLIENT, &Request::Shutdown);
+        let record = AuditLog::intent(
+            &mut AuditLog { path: path.clone(), number: 0, journal: None },
+            CLIENT,
+            &Request::Shutdown,
+        );
         log.append(&record.expect("changes something")).expect_err("others can write it");
     }
 

@@ -10,6 +10,7 @@ pub mod audit;
 mod bell;
 mod engine_thread;
 mod error;
+pub mod journal;
 pub mod launch;
 pub mod protocol;
 mod server;
@@ -43,6 +44,8 @@ pub struct AgentOptions {
     pub socket: PathBuf,
     /// Its audit log.
     pub log: PathBuf,
+    /// The journal's socket, for a copy of the audit log; none: no copy.
+    pub journal: Option<PathBuf>,
     /// End after so long without a target and without a client; none: stay.
     pub idle_exit: Option<Duration>,
 }

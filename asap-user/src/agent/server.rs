@@ -5,6 +5,7 @@ use super::{
     AgentError, AgentOptions, OperationsFactory,
     audit::{AuditLog, Client},
     engine_thread::{self, EngineEvents, EngineQueue},
+    journal::Journal,
     session::{self, Hall},
     socket,
     watchdog::Watchdog,
@@ -40,7 +41,7 @@ const FLUSH: Duration = Duration::from_secs(1);
 /// It can't start (another one runs, directory or log can't be trusted), or its engine ended by a bug.
 pub fn run(options: &AgentOptions, factory: OperationsFactory, ready: impl FnOnce()) -> Result<(), AgentError> {
     socket::prepare_directory(&options.socket)?;
-    let audit = AuditLog::open(&options.log)?;
+    let audit = AuditLog::open(&options.log)?.with_journal(options.journal.as_deref().map(Journal::at));
     let lock = socket::take_lock(&options.socket)?;
     let watchdog = Watchdog::start().map_err(AgentError::Watchdog)?;
     let listener = socket::listen(&options.socket, &lock)?;

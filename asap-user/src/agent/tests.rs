@@ -102,8 +102,12 @@ struct Agent {
 
 fn start(idle_exit: Option<Duration>) -> Agent {
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let options =
-        AgentOptions { socket: dir.path().join("run/agent.sock"), log: dir.path().join("log/audit.jsonl"), idle_exit };
+    let options = AgentOptions {
+        socket: dir.path().join("run/agent.sock"),
+        log: dir.path().join("log/audit.jsonl"),
+        journal: None,
+        idle_exit,
+    };
     let theirs = options.clone();
     let (ready, is_ready) = mpsc::channel();
     let thread = thread::spawn(move || {

@@ -8,6 +8,7 @@ use crate::{
     agent::{
         AgentError, DEFAULT_IDLE_EXIT, OperationsFactory,
         audit::AuditLog,
+        journal::DEFAULT_JOURNAL,
         launch::{self, Detached},
         run,
     },
@@ -32,6 +33,9 @@ pub struct Agent {
     /// End after so long without a target; 0: never [default: 10s in the background, else never].
     #[arg(long, value_name = "TIME", value_parser = values::duration)]
     idle_exit: Option<Duration>,
+    /// Socket of the system's journal, which gets a copy of the audit log where there is one; empty: no copy.
+    #[arg(long, value_name = "PATH", env = "ASAP_JOURNAL", default_value = DEFAULT_JOURNAL)]
+    journal: String,
     /// Say more of what is done (twice: everything).
     #[arg(long, short, action = clap::ArgAction::Count)]
     verbose: u8,
@@ -41,7 +45,8 @@ impl Agent {
     pub fn run(self, global: &Global, factory: OperationsFactory) -> Result<(), Failure> {
         require_root("agent")?;
         let default = self.background.then_some(DEFAULT_IDLE_EXIT);
-        let options = global.agent_options(self.idle_exit.or(default).filter(|limit| !limit.is_zero()));
+        let mut options = global.agent_options(self.idle_exit.or(default).filter(|limit| !limit.is_zero()));
+        options.journal = (!self.journal.is_empty()).then(|| self.journal.into());
         let mut herald = None;
         if self.background {
             // The messages of a background agent go beside the audit log, so its directory must be there first.

@@ -11,7 +11,9 @@ use crate::{
 use serde::Serialize;
 use std::{collections::HashSet, io::ErrorKind};
 
-/// Show which changes were asked for, by whom, and what came of them.
+/// Show which changes were asked for, by whom, and what came of them; and which targets ended or run another program.
+///
+/// This reads the file that --log names. Where systemd's journal runs, it has a copy: journalctl SYSLOG_IDENTIFIER=asap
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:

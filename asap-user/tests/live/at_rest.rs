@@ -126,7 +126,12 @@ fn without_ebpf_the_agent_looks_for_itself() {
     // An agent without the rights for eBPF.
     let mut command = Command::new("setpriv");
     command.arg("--bounding-set=-bpf,-sys_admin,-perfmon").arg("--inh-caps=-bpf,-sys_admin,-perfmon").arg(program());
-    command.arg("--socket").arg(lab.path("run/agent.sock")).arg("--log").arg(lab.path("log/audit.jsonl"));
+    command
+        .env("ASAP_JOURNAL", "")
+        .arg("--socket")
+        .arg(lab.path("run/agent.sock"))
+        .arg("--log")
+        .arg(lab.path("log/audit.jsonl"));
     let started = command.args(["agent", "--background"]).output();
     if !started.as_ref().is_ok_and(|output| output.status.success()) {
         println!("SKIPPED: no agent without rights can be started: {started:?}");

@@ -9,6 +9,7 @@ mod endurance;
 mod forked_children;
 mod headless_targets;
 mod hooks;
+mod journal;
 mod p1_target_outlives_the_agent;
 mod p2_all_or_nothing;
 mod p3_quiescent;

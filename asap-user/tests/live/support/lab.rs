@@ -105,6 +105,8 @@ impl Lab {
         let mut command = Command::new(program());
         command.arg("--socket").arg(self.path("run/agent.sock")).arg("--log").arg(self.path("log/audit.jsonl"));
         command.arg("--json").args(arguments).stdin(Stdio::null());
+        // Never this system's.
+        command.env("ASAP_JOURNAL", self.path("journal"));
         command.envs(self.environment.borrow().iter().map(|(name, value)| (name, value)));
         command
     }
