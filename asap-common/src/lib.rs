@@ -133,42 +133,6 @@ pub struct SnapshotRequest {
     pub only_children: u64,
 }
 
-/// Kinds of a probe, as bits of its attach cookie; one place may be several.
-pub mod probe_kind {
-    /// A function begins here.
-    pub const ENTRY: u64 = 1;
-    /// A function ends here: a `ret`, or a jump out of it.
-    pub const EXIT: u64 = 2;
-    /// A return address that was seen on a stack.
-    pub const RETURN: u64 = 4;
-}
-
-/// Slots of the map of totals. Some are written by the programs only, the others by the agent only.
-pub mod total {
-    /// Entries less exits, of all threads (programs).
-    pub const SUM: u32 = 0;
-    /// Hits that could not be counted (programs).
-    pub const LOST: u32 = 1;
-    /// What the agent adds to the sum: activations from before the probes (agent).
-    pub const BASE: u32 = 2;
-    /// 1: tell when the sum reaches zero; the program that tells puts it back to 0.
-    pub const WANTED: u32 = 3;
-    /// How many slots there are.
-    pub const SLOTS: u32 = 4;
-}
-
-/// Something happened at a probe.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ProbeRecord {
-    /// 0: the sum fell to zero; else [`probe_kind::RETURN`].
-    pub kind: u32,
-    /// Thread, in the agent's pid namespace.
-    pub tid: i32,
-    /// Where.
-    pub ip: u64,
-}
-
 /// Kinds of life-cycle records.
 pub mod life {
     /// `pid` made the process `other`.

@@ -1,7 +1,7 @@
 //! Counters that programs on several CPUs write at once. The standard library offers the BPF machine no read-modify-write
 //! operations, though it has them (BPF_ATOMIC with BPF_FETCH, Linux 5.12).
 
-use core::intrinsics::{AtomicOrdering, atomic_xadd, atomic_xchg};
+use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
 /// A 64-bit value in a map.
 #[derive(Clone, Copy)]
@@ -19,19 +19,5 @@ impl Counter {
     pub fn add(self, change: i64) -> i64 {
         // SAFETY: a map value: aligned to 8 bytes, and valid as long as the program runs.
         unsafe { atomic_xadd::<i64, i64, { AtomicOrdering::SeqCst }>(self.0, change) }
-    }
-
-    /// Stores, and tells the value before.
-    #[inline(always)]
-    pub fn swap(self, value: i64) -> i64 {
-        // SAFETY: as above.
-        unsafe { atomic_xchg::<i64, { AtomicOrdering::SeqCst }>(self.0, value) }
-    }
-
-    /// The value now.
-    #[inline(always)]
-    pub fn get(self) -> i64 {
-        // SAFETY: as above.
-        unsafe { self.0.read_volatile() }
     }
 }

@@ -11,7 +11,6 @@
 
 mod atomic;
 mod lifecycle;
-mod probes;
 mod redirect;
 mod snapshot;
 mod task;

@@ -250,9 +250,9 @@ pub struct PatchReport {
 pub struct ProcessPatchReport {
     /// Process id.
     pub pid: i32,
-    /// How quiescence was established, for a person ("gate and stack walks", "uprobe counts", "stop all", "lazy").
+    /// How quiescence was established, for a person ("gate and stack walks", "stop all", "lazy").
     pub quiescence: String,
-    /// How often it was tried.
+    /// How often it was tried with closed gates, or with all threads stopped.
     pub attempts: u32,
     /// Threads it has.
     pub threads: usize,

@@ -15,8 +15,13 @@ use std::time::{Duration, Instant};
 
 /// How long gates stay closed for threads that are inside to come out, before they are opened and all is tried again later.
 const DRAIN: Duration = Duration::from_millis(2);
-/// First and longest pause between two attempts.
+/// First and longest pause between two attempts that closed the gates: each keeps those out who come by meanwhile.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(50));
+/// Shortest pause between two looks with open gates, while somebody rests inside. Nobody notices them: how often they are
+/// repeated is a matter of what they cost us.
+const REST: Duration = Duration::from_millis(1);
+/// How many times as long as a look the pause after it is, up to the longest of the others.
+const REST_PER_LOOK: u32 = 10;
 
 /// What a transaction may do, and for how long.
 #[derive(Clone, Copy, Debug)]
@@ -117,7 +122,6 @@ fn attempt_until_quiet(
     }
     let mut pause = PAUSE.0;
     loop {
-        report.attempts += 1;
         if !process.is_alive() {
             return Err(gone(process.pid, "it has exited or runs another program now"));
         }
@@ -128,21 +132,26 @@ fn attempt_until_quiet(
             return Err(Failure::cancelled(reason));
         }
         // With the gates open: most threads don't run, and what is found of them holds until they do.
+        let begin = Instant::now();
         let verdict = checker.look(process)?;
         note_check(report, &verdict);
-        let busy = if verdict.busy.is_empty() || verdict.may_drain {
+        let (busy, wait) = if verdict.busy.is_empty() || verdict.may_drain {
+            report.attempts += 1;
             match try_closed(process, exchange, checker, at_quiescence, report)? {
                 Ok(held) => return Ok(held),
-                Err(busy) => busy,
+                Err(busy) => {
+                    let wait = pause;
+                    pause = (pause * 2).min(PAUSE.1);
+                    (busy, wait)
+                }
             }
         } else {
-            verdict.busy
+            (verdict.busy, (begin.elapsed() * REST_PER_LOOK).clamp(REST, PAUSE.1))
         };
-        if Instant::now() + pause > terms.deadline {
+        if Instant::now() + wait > terms.deadline {
             return Err(timed_out(process, busy, terms, checker));
         }
-        std::thread::sleep(pause);
-        pause = (pause * 2).min(PAUSE.1);
+        std::thread::sleep(wait);
     }
 }
 

@@ -1,5 +1,5 @@
-//! Puts a uprobe program on places of one file, for one process. One link for all places where the kernel has
-//! `uprobe_multi` (Linux 6.6), else a perf event for each, which takes about 100 ms a piece to detach.
+//! Puts a uprobe program on places of one file, for one process: one link for all places (Linux 6.6, `uprobe_multi`), which can be
+//! pinned. A perf event for each place would do on older kernels, but takes about 100 ms a piece to detach, and can't be.
 
 use super::{
     KernelError, object,
@@ -16,18 +16,6 @@ use std::{
     path::Path,
 };
 
-/// Kernel number of the perf event source for uprobes.
-const UPROBE_SOURCE: &str = "/sys/bus/event_source/devices/uprobe/type";
-
-/// How probes are attached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Method {
-    /// All places as one link.
-    Multi,
-    /// A perf event for each place.
-    Single,
-}
-
 /// Where probes go.
 pub struct Places<'a> {
     /// The only process that is affected, all its threads.
@@ -40,35 +28,8 @@ pub struct Places<'a> {
     pub cookies: &'a [u64],
 }
 
-/// An attached program; detaches when dropped.
-#[derive(Debug)]
-pub struct Attached {
-    /// How it was done.
-    pub method: Method,
-    /// What holds it in place.
-    pub links: Vec<OwnedFd>,
-}
-
-/// Loads `program` with these maps and attaches it, in the best way the kernel has.
-pub fn attach(program: &'static str, maps: &[(&str, &MapData)], places: &Places<'_>) -> Result<Attached, KernelError> {
-    match attach_by(Method::Multi, program, maps, places) {
-        // What the kernel does not know of is an invalid argument to it.
-        Err(KernelError::Attach { source, .. } | KernelError::Program { source, .. })
-            if source.raw_os_error() == Some(libc::EINVAL) =>
-        {
-            attach_by(Method::Single, program, maps, places)
-        }
-        other => other,
-    }
-}
-
-/// As [`attach`], in one given way.
-pub fn attach_by(
-    method: Method,
-    program: &'static str,
-    maps: &[(&str, &MapData)],
-    places: &Places<'_>,
-) -> Result<Attached, KernelError> {
+/// Loads `program` with these maps and attaches it. It is detached when the link is closed.
+pub fn attach(program: &'static str, maps: &[(&str, &MapData)], places: &Places<'_>) -> Result<OwnedFd, KernelError> {
     let unusable = |reason: &str| KernelError::File { file: places.file.to_owned(), reason: reason.to_owned() };
     if places.offsets.is_empty() || places.offsets.len() != places.cookies.len() {
         return Err(unusable("no place in it was named"));
@@ -83,29 +44,7 @@ pub fn attach_by(
         .ok()
         .filter(|&pid| pid != 0)
         .ok_or_else(|| failed(io::Error::from_raw_os_error(libc::ESRCH)))?;
-    let attach_type = if method == Method::Multi { ATTACH_UPROBE_MULTI } else { 0 };
-    let what = ProgramType { kind: PROGRAM_UPROBE, attach: attach_type, ..ProgramType::default() };
+    let what = ProgramType { kind: PROGRAM_UPROBE, attach: ATTACH_UPROBE_MULTI, ..ProgramType::default() };
     let loaded = object::load_program(program, maps, what)?;
-    let links = match method {
-        Method::Multi => {
-            let link = syscall::link_uprobes(loaded.as_fd(), &path, places.offsets, places.cookies, pid);
-            vec![link.map_err(failed)?]
-        }
-        Method::Single => {
-            let source = uprobe_source().map_err(failed)?;
-            let mut links = Vec::with_capacity(places.offsets.len() * 2);
-            for (&offset, &cookie) in places.offsets.iter().zip(places.cookies) {
-                let event = syscall::open_uprobe_event(source, &path, offset, places.pid).map_err(failed)?;
-                links.push(syscall::link_perf_event(loaded.as_fd(), event.as_fd(), cookie).map_err(failed)?);
-                links.push(event);
-            }
-            links
-        }
-    };
-    Ok(Attached { method, links })
-}
-
-fn uprobe_source() -> io::Result<u32> {
-    let text = std::fs::read_to_string(UPROBE_SOURCE)?;
-    text.trim().parse().map_err(|_| io::Error::other(format!("{UPROBE_SOURCE} holds no number")))
+    syscall::link_uprobes(loaded.as_fd(), &path, places.offsets, places.cookies, pid).map_err(failed)
 }

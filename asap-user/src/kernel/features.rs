@@ -1,13 +1,12 @@
 //! Which mechanisms work here: each is tried, on ourselves or on a child made for it, and never judged by the kernel's version.
 //! Without root most are told as missing, with the reason.
 
-use super::{Ebpf, KernelError, ProbePlan, attach::Method, redirect};
+use super::{Ebpf, KernelError, redirect};
 use serde::Serialize;
 use std::{
     ffi::CStr,
     fs, io,
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
-    path::PathBuf,
     ptr,
 };
 
@@ -84,22 +83,6 @@ pub fn features() -> Vec<Feature> {
     let mut found: Vec<Feature> =
         TRIALS.iter().map(|&(name, gives, how_to_get, trial)| feature(name, gives, how_to_get, trial())).collect();
     let ebpf = Ebpf::load().map_err(|error| error.to_string());
-    let probes = |method| match &ebpf {
-        Ok(ebpf) => probe_ourselves(ebpf, method),
-        Err(error) => Err(error.clone()),
-    };
-    found.push(feature(
-        "uprobes",
-        "to wait for a function to be left, without looking at every stack again and again",
-        "CONFIG_UPROBE_EVENTS and CONFIG_BPF_EVENTS; run as root",
-        probes(Method::Single),
-    ));
-    found.push(feature(
-        "uprobe_multi",
-        "the same with hundreds of probes at the price of one",
-        "Linux 6.6; asap works without, and puts fewer probes",
-        probes(Method::Multi),
-    ));
     let life = ebpf.and_then(|ebpf| ebpf.life_cycles().map_err(|error| error.to_string()));
     found.push(feature(
         "process life cycle",
@@ -344,39 +327,4 @@ fn task_iterator() -> Result<String, String> {
 
 fn redirect_program() -> Result<String, String> {
     redirect::available().map(|()| "uprobe programs may write registers".to_owned()).map_err(|error| said(&error))
-}
-
-/// The function that the trial of uprobes puts its probe on.
-#[inline(never)]
-extern "C" fn probed(value: u64) -> u64 {
-    std::hint::black_box(value.wrapping_add(1))
-}
-
-/// Where a piece of our own code lies: the file, and the offset in it.
-fn own_code(address: u64) -> Result<(PathBuf, u64), String> {
-    let maps = fs::read_to_string("/proc/self/maps").map_err(|error| format!("/proc/self/maps: {error}"))?;
-    maps.lines()
-        .find_map(|line| {
-            let (range, rest) = line.split_once(' ')?;
-            let (start, end) = range.split_once('-')?;
-            let start_at = u64::from_str_radix(start, 16).ok()?;
-            let offset = u64::from_str_radix(rest.split_whitespace().nth(1)?, 16).ok()?;
-            (start_at..u64::from_str_radix(end, 16).ok()?)
-                .contains(&address)
-                .then(|| (PathBuf::from("/proc/self/map_files").join(range), address - start_at + offset))
-        })
-        .ok_or_else(|| "this program's own code is not mapped from a file".to_owned())
-}
-
-fn probe_ourselves(ebpf: &Ebpf, method: Method) -> Result<String, String> {
-    let (file, offset) = own_code(probed as *const () as u64)?;
-    let plan = ProbePlan { pid: std::process::id() as i32, file, entries: vec![offset], ..ProbePlan::default() };
-    let set = ebpf.arm_with(&plan, Some(method)).map_err(|error| said(&error))?;
-    for value in 0..3 {
-        std::hint::black_box(probed(value));
-    }
-    match set.sum().map_err(|error| said(&error))? {
-        3 => Ok("counts calls of a function of this program".to_owned()),
-        other => Err(format!("a probe counted {other} calls of 3")),
-    }
 }

@@ -10,7 +10,6 @@ mod features;
 mod layout;
 mod lifecycle;
 mod object;
-mod probes;
 mod redirect;
 mod snapshot;
 mod syscall;
@@ -19,7 +18,6 @@ mod tests;
 
 pub use features::{Feature, features};
 pub use lifecycle::{LifeCycle, LifeCycles};
-pub use probes::{ProbeEvent, ProbePlan, ProbeSet};
 pub use redirect::{Moment, RedirectLink, RedirectTable};
 pub use snapshot::{Series, Snapshot, TaskSnapshot, UserRegs};
 

@@ -92,6 +92,4 @@ unsafe impl Plain for asap_common::TaskRecord {}
 // SAFETY: integers only.
 unsafe impl Plain for asap_common::TaskBrief {}
 // SAFETY: integers only.
-unsafe impl Plain for asap_common::ProbeRecord {}
-// SAFETY: integers only.
 unsafe impl Plain for asap_common::LifeRecord {}

@@ -6,7 +6,7 @@
 
 use super::{
     Ebpf, KernelError,
-    attach::{Attached, Method, Places, attach_by},
+    attach::{Places, attach},
     object,
     syscall::{self, ATTACH_UPROBE_MULTI, PROGRAM_UPROBE, ProgramType},
 };
@@ -66,9 +66,7 @@ impl Ebpf {
             functions.iter().map(|&(offset, slot)| (offset, u64::from(slot))).unzip();
         let places = Places { pid, file, offsets: &offsets, cookies: &cookies };
         let maps = [("LAYOUT", &self.layout), (TARGETS, &table.map)];
-        let Attached { links, .. } = attach_by(Method::Multi, PROGRAM, &maps, &places)?;
-        let link = links.into_iter().next();
-        link.map(RedirectLink).ok_or_else(|| KernelError::Object("no link came of attaching".to_owned()))
+        attach(PROGRAM, &maps, &places).map(RedirectLink)
     }
 }
 

@@ -23,7 +23,6 @@ pub const PROGRAM_UPROBE: u32 = 2;
 pub const PROGRAM_RAW_TRACEPOINT: u32 = 17;
 pub const PROGRAM_TRACING: u32 = 26;
 pub const ATTACH_ITERATOR: u32 = 28;
-pub const ATTACH_PERF_EVENT: u32 = 41;
 pub const ATTACH_UPROBE_MULTI: u32 = 48;
 pub const FLAG_SLEEPABLE: u32 = 1 << 4;
 
@@ -269,66 +268,6 @@ pub fn link_uprobes(
             reserved: 0,
         },
     )
-}
-
-/// Attaches a program to a perf event.
-pub fn link_perf_event(program: BorrowedFd<'_>, event: BorrowedFd<'_>, cookie: u64) -> io::Result<OwnedFd> {
-    #[repr(C)]
-    struct Attributes {
-        program: u32,
-        event: u32,
-        attach: u32,
-        flags: u32,
-        cookie: u64,
-    }
-    bpf_fd(
-        BPF_LINK_CREATE,
-        &Attributes {
-            program: program.as_raw_fd() as u32,
-            event: event.as_raw_fd() as u32,
-            attach: ATTACH_PERF_EVENT,
-            flags: 0,
-            cookie,
-        },
-    )
-}
-
-/// A perf event for one uprobe in the file `path`, for the process `pid`.
-pub fn open_uprobe_event(kind: u32, path: &CStr, offset: u64, pid: i32) -> io::Result<OwnedFd> {
-    /// The first published version of `struct perf_event_attr` (64 bytes) and `config2`; all of it that a uprobe needs.
-    #[repr(C)]
-    #[derive(Default)]
-    struct Attributes {
-        kind: u32,
-        size: u32,
-        config: u64,
-        sample_period: u64,
-        sample_type: u64,
-        read_format: u64,
-        flags: u64,
-        wakeup: u32,
-        breakpoint: u32,
-        path: u64,
-        offset: u64,
-    }
-    let attributes = Attributes {
-        kind,
-        size: size_of::<Attributes>() as u32,
-        sample_period: 1,
-        wakeup: 1,
-        path: path.as_ptr() as u64,
-        offset,
-        ..Attributes::default()
-    };
-    let close_on_exec: libc::c_ulong = 8; // PERF_FLAG_FD_CLOEXEC
-    // SAFETY: the kernel reads the structure, whose size is in it, and the path; both outlive the call.
-    let fd = unsafe { libc::syscall(libc::SYS_perf_event_open, &raw const attributes, pid, -1, -1, close_on_exec) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    let fd = i32::try_from(fd).map_err(|_| io::Error::other("the kernel returned no file descriptor"))?;
-    // SAFETY: a new file descriptor that nobody else knows.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 #[cfg(test)]

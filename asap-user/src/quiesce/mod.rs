@@ -1,8 +1,7 @@
-//! Who is inside the code that is about to change: stack walks, observation of threads that stops as few of them as
-//! possible, and the ways out of a function. Not for deciding what to do about it.
+//! Who is inside the code that is about to change: stack walks and observation of threads that stops as few of them as
+//! possible. Not for deciding what to do about it.
 
 mod asleep;
-pub mod exits;
 pub use asleep::OpenThreads;
 pub mod observe;
 mod signal_frame;

@@ -1,7 +1,6 @@
 /* Target of the kernel tests: reads commands, one a line, and answers each with one line. */
 #define _GNU_SOURCE
 #include <pthread.h>
-#include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,7 +10,6 @@
 
 static int hold[2];
 static volatile int spinning = 1;
-static jmp_buf out;
 
 static long gettid_(void) { return syscall(SYS_gettid); }
 
@@ -40,7 +38,7 @@ static void *spin(void *unused) {
     return unused;
 }
 
-/* Functions to be counted. One `ret` each, at their end. */
+/* Called by the order "call". */
 __attribute__((noinline, noclone)) long counted(long depth) {
     __asm__ volatile("" : "+r"(depth));
     if (depth > 1) {
@@ -55,39 +53,6 @@ __attribute__((noinline, noclone)) long counted(long depth) {
 __attribute__((noinline, noclone, used)) long doubled(long depth) {
     __asm__ volatile("" : "+r"(depth));
     return depth * 2;
-}
-
-__attribute__((noinline, noclone)) long jumps_out(long value) {
-    __asm__ volatile("" : "+r"(value));
-    if (value)
-        longjmp(out, 1);
-    return value;
-}
-
-__attribute__((noinline, noclone)) long waits_inside(long value) {
-    char byte;
-    long got = read(hold[0], &byte, 1);
-    __asm__ volatile("" : "+r"(got));
-    return got + value;
-}
-
-static void *wait_inside(void *value) {
-    printf("%ld\n", gettid_());
-    fflush(stdout);
-    return (void *)waits_inside((long)value);
-}
-
-__attribute__((noinline, noclone)) long ends_inside(long value) {
-    __asm__ volatile("" : "+r"(value));
-    if (value)
-        pthread_exit(NULL);
-    return value;
-}
-
-static void *finish(void *value) {
-    printf("%ld\n", gettid_());
-    fflush(stdout);
-    return (void *)ends_inside(1 + (long)value);
 }
 
 int main(int argc, char **argv) {
@@ -110,21 +75,9 @@ int main(int argc, char **argv) {
         else if (!strcmp(word, "rest")) {
             spinning = 0;
             printf("rested\n");
-        } else if (!strcmp(word, "wait"))
-            pthread_create(&thread, NULL, wait_inside, (void *)number);
-        else if (!strcmp(word, "finish"))
-            pthread_create(&thread, NULL, finish, NULL);
-        else if (!strcmp(word, "go")) {
-            if (write(hold[1], "x", 1) != 1)
-                return 1;
-            printf("gone\n");
         } else if (!strcmp(word, "call"))
             printf("%ld\n", counted(number));
-        else if (!strcmp(word, "jump")) {
-            if (!setjmp(out))
-                jumps_out(number);
-            printf("jumped\n");
-        } else if (!strcmp(word, "fork")) {
+        else if (!strcmp(word, "fork")) {
             pid_t child = fork();
             if (!child) {
                 if (number)

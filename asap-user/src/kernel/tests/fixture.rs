@@ -15,15 +15,15 @@ pub struct Fixture {
     answers: BufReader<ChildStdout>,
 }
 
-/// Compiles a source file of this folder.
-fn build(compiler: &str, source: &str, name: &str) -> PathBuf {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/kernel/tests").join(source);
+/// Compiles the source file of this folder.
+fn build() -> PathBuf {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/kernel/tests/fixture.c");
     // Beside the test's own executable: one of each build, which `cargo clean` takes away.
     let own = std::env::current_exe().expect("the test knows its file");
-    let program = own.with_file_name(name);
+    let program = own.with_file_name("kernel-fixture");
     // Another run of the tests may be executing the last one.
-    let fresh = own.with_file_name(format!("{name}-{}", std::process::id()));
-    let status = Command::new(compiler)
+    let fresh = own.with_file_name(format!("kernel-fixture-{}", std::process::id()));
+    let status = Command::new("gcc")
         .args(["-O2", "-fno-optimize-sibling-calls", "-fno-ipa-ra", "-pthread", "-o"])
         .args([&fresh, &source])
         .status()
@@ -35,35 +35,28 @@ fn build(compiler: &str, source: &str, name: &str) -> PathBuf {
 
 fn program() -> &'static Path {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
-    BUILT.get_or_init(|| build("gcc", "fixture.c", "kernel-fixture"))
+    BUILT.get_or_init(build)
 }
 
 impl Fixture {
     pub fn start() -> Self {
-        Self::start_by(Command::new(program()), "call 1", "1")
-    }
-
-    /// The one that throws.
-    pub fn start_throwing() -> Self {
-        static BUILT: OnceLock<PathBuf> = OnceLock::new();
-        let program = BUILT.get_or_init(|| build("g++", "throws.cpp", "kernel-fixture-throws"));
-        Self::start_by(Command::new(program), "call 0", "1")
+        Self::start_by(Command::new(program()))
     }
 
     /// Starts it by a command that runs the program's path as its last argument.
     pub fn start_under(command: &str, arguments: &[&str]) -> Self {
         let mut outer = Command::new(command);
         outer.args(arguments).arg(program());
-        Self::start_by(outer, "call 1", "1")
+        Self::start_by(outer)
     }
 
-    fn start_by(mut command: Command, order: &str, answer: &str) -> Self {
+    fn start_by(mut command: Command) -> Self {
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("the fixture starts");
         let orders = child.stdin.take().expect("piped");
         let answers = BufReader::new(child.stdout.take().expect("piped"));
         let mut fixture = Self { child, orders, answers };
         // It has come as far as reading orders.
-        assert_eq!(fixture.order(order), answer);
+        assert_eq!(fixture.order("call 1"), "1");
         fixture
     }
 

@@ -2,7 +2,6 @@
 
 mod fixture;
 mod lifecycle;
-mod probes;
 mod snapshot;
 mod system;
 

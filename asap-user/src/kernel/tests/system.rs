@@ -1,8 +1,8 @@
 //! What is tried on this machine, and what stays behind.
 
 use super::{alone, fixture::Fixture, is_root, loaded, shared};
-use crate::kernel::{Ebpf, ProbePlan, RedirectLink, RedirectTable, features};
-use std::{collections::HashSet, os::unix::fs::FileExt};
+use crate::kernel::{Ebpf, RedirectLink, RedirectTable, features};
+use std::collections::HashSet;
 
 #[test]
 fn each_feature_is_told_with_what_it_gives() {
@@ -17,7 +17,7 @@ fn each_feature_is_told_with_what_it_gives() {
     if nix::unistd::geteuid().is_root() {
         let missing: Vec<_> = found.iter().filter(|feature| !feature.available).map(|feature| feature.name).collect();
         // What asap can do without depends on the kernel.
-        let optional = ["redirect", "uprobe_multi", "names of memory", "lockdown"];
+        let optional = ["redirect", "names of memory", "lockdown"];
         assert!(missing.iter().all(|name| optional.contains(name)), "missing: {missing:?}");
     }
 }
@@ -39,21 +39,13 @@ fn nothing_of_ebpf_stays_behind() {
     let _alone = alone();
     let ebpf = Ebpf::load().expect("the kernel takes the programs");
     let mut fixture = Fixture::start();
-    let maps = || std::fs::read_to_string(format!("/proc/{}/maps", fixture.pid())).expect("readable");
-    let (loaded, mapped) = (held(), maps());
+    let loaded = held();
     assert!(loaded > 0, "the loaded iterator is seen");
-    let (start, _) = fixture.function("counted");
-    let code = std::fs::read(fixture.file()).expect("readable")[start as usize..][..16].to_vec();
-    let plan = ProbePlan { pid: fixture.pid(), file: fixture.file(), entries: vec![start], ..ProbePlan::default() };
-    let set = ebpf.arm(&plan).expect("armed");
+    let watch = ebpf.life_cycles().expect("the kernel takes the programs");
     assert!(held() > loaded);
-    drop(set);
+    ebpf.snapshot(fixture.pid(), 64, Some(ebpf.series())).expect("a snapshot");
+    drop(watch);
     assert_eq!(held(), loaded);
-    assert_eq!(maps(), mapped, "the target's memory map is as it was");
-    let mut text = [0; 16];
-    let memory = std::fs::File::open(format!("/proc/{}/mem", fixture.pid())).expect("readable");
-    memory.read_exact_at(&mut text, fixture.base() + start).expect("readable");
-    assert_eq!(text, code[..], "no breakpoint is left");
     assert_eq!(fixture.order("call 2"), "2");
     drop(ebpf);
     assert_eq!(held(), 0);
