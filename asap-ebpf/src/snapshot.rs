@@ -136,7 +136,8 @@ pub extern "C" fn snapshot(context: *const IteratorContext) -> i32 {
             // SAFETY: the place is below STACK_MAX and `chunk` at most STACK_CHUNK: inside the buffer.
             let failed = unsafe {
                 let to = buffer.stack.as_mut_ptr().add(masked(length, STACK_MAX as u64 - 1) as usize);
-                bpf_copy_from_user_task(to.cast::<c_void>(), chunk as u32, from as *const c_void, task, 0)
+                let chunk = masked(chunk, 2 * STACK_CHUNK as u64 - 1) as u32;
+                bpf_copy_from_user_task(to.cast::<c_void>(), chunk, from as *const c_void, task, 0)
             };
             if failed != 0 {
                 break;
