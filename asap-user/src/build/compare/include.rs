@@ -46,7 +46,7 @@ pub fn include(old: &Object, new: &Object, found: &Correlation, marks: &Marks) -
             |symbol: &super::object::Symbol| symbol.kind == SymbolKind::Function && !symbol.local && !symbol.weak;
         found.old_of(at).is_none() && new.symbols_in(at).into_iter().any(is_for_others)
     }));
-    // What nobody changes needs nothing.
+    queue.extend(new.of_kind(Kind::Declaration));
     let parts = parts(new);
     while let Some(at) = queue.pop() {
         if !inclusion.sections.insert(at) {
@@ -114,7 +114,7 @@ fn comes_along(new: &Object, found: &Correlation, marks: &Marks, at: usize) -> b
         Kind::Strings | Kind::Literals => true,
         Kind::Variable => !is_old || is_pointers(new, at),
         Kind::ThreadLocal => !is_old,
-        Kind::Startup | Kind::Unwind | Kind::Debug | Kind::Other => false,
+        Kind::Startup | Kind::Declaration | Kind::Unwind | Kind::Debug | Kind::Other => false,
     }
 }
 

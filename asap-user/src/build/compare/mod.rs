@@ -12,7 +12,7 @@ mod include;
 mod mark;
 pub mod object;
 #[cfg(test)]
-mod tests;
+pub(in crate::build) mod tests;
 mod verify;
 
 use crate::patch::manifest::Class;

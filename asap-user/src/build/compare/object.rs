@@ -63,6 +63,8 @@ pub enum Kind {
     Literals,
     /// What runs when the program starts or ends.
     Startup,
+    /// What asap-patch.h says of the patch: hooks.
+    Declaration,
     /// The unwind table.
     Unwind,
     /// Debug information.
@@ -193,6 +195,20 @@ impl Object {
         Ok(Self { name: name.to_owned(), source, sections, symbols })
     }
 
+    /// An object without anything: what a new file was before.
+    #[must_use]
+    pub fn empty(name: &str) -> Self {
+        let (sections, symbols) = (vec![Section::default()], vec![Symbol::default()]);
+        Self { name: name.to_owned(), source: None, sections, symbols }
+    }
+
+    /// Whether it has that global function or variable.
+    #[must_use]
+    pub fn defines(&self, name: &str) -> bool {
+        let is_here = |symbol: &Symbol| matches!(symbol.place, Place::Section(_) | Place::Common);
+        !name.is_empty() && self.symbols.iter().any(|symbol| !symbol.local && symbol.name == name && is_here(symbol))
+    }
+
     /// The symbols that name what is in a section, in order of their places; functions and variables before labels.
     pub fn symbols_in(&self, section: usize) -> Vec<&Symbol> {
         let is_name = |symbol: &&Symbol| {
@@ -259,6 +275,9 @@ fn kind_of(name: &str, has: &dyn Fn(elf::SectionFlags) -> bool, entry_size: u64)
     }
     if name == ".eh_frame" {
         return Kind::Unwind;
+    }
+    if name.starts_with(".asap.") {
+        return Kind::Declaration;
     }
     if STARTUP.iter().any(|prefix| is(prefix)) {
         return Kind::Startup;

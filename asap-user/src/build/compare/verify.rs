@@ -110,6 +110,11 @@ pub fn verify(old: &Object, new: &Object, found: &Correlation, marks: &Marks, in
             }
         }
     }
+    if let Some(hook) = new.of_kind(Kind::Declaration).next() {
+        let name = &new.sections[hook].name;
+        let reason = format!("the source declares {name}, which runs in the program when the patch goes in or out");
+        find(Class::NeedsHook, name, reason, "nothing: it is in the patch");
+    }
     for &at in &inclusion.nameless {
         let reason = format!("the code uses {}, which has no name in the running program", new.sections[at].name);
         find(Class::NotApplicable, new.title(at), reason, "compile with -fdata-sections");
