@@ -282,10 +282,14 @@ impl<'a> Site<'a> {
     fn new(project: &'a Project) -> Result<Self, BuildError> {
         let work = project.work.as_path();
         fs::create_dir_all(work).map_err(at(work))?;
+        let build = work.join("build");
+        if build.exists() {
+            return Err(at(&build)(io::Error::other("it holds an earlier build; give another folder, or remove it")));
+        }
         let compilers = work.join("compilers");
         wrapper::make(&compilers).map_err(at(&compilers))?;
         let name = project.source.file_name().unwrap_or("source".as_ref());
-        Ok(Self { project, work, tree: work.join("build").join(name), log: work.join("build.log"), compilers })
+        Ok(Self { project, work, tree: build.join(name), log: work.join("build.log"), compilers })
     }
 
     fn records(&self, which: &str) -> PathBuf {

@@ -8,6 +8,7 @@ use crate::{
 };
 use serde::Serialize;
 use std::{
+    cell::Cell,
     io::{self, Write},
     path::PathBuf,
     time::Duration,
@@ -25,6 +26,9 @@ pub struct Global {
     /// Audit log: every change that was asked for, and what came of it.
     #[arg(long, global = true, value_name = "PATH", env = "ASAP_LOG", default_value = agent::DEFAULT_LOG)]
     pub log: PathBuf,
+    /// The one document was printed already, and says what failed, too.
+    #[arg(skip)]
+    pub is_said: Cell<bool>,
 }
 
 impl Global {
@@ -52,6 +56,9 @@ impl Global {
 
     /// Shows a refusal or failure.
     pub fn show_failure(&self, failure: &Failure) {
+        if self.json && self.is_said.get() {
+            return;
+        }
         if self.json {
             let _ = self.show(&Failed { failed: failure }, String::new);
         } else {

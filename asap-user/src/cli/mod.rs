@@ -3,6 +3,7 @@
 
 mod agent;
 mod attach;
+mod build;
 mod check;
 mod client;
 mod completions;
@@ -71,6 +72,7 @@ enum Command {
     Attach(attach::Attach),
     Patch(patch::Patch),
     Check(check::Check),
+    Build(build::Build),
     Status(status::Status),
     List(list::List),
     Revert(revert::Revert),
@@ -90,6 +92,7 @@ impl Command {
             Self::Attach(command) => command.run(global),
             Self::Patch(command) => command.run(global),
             Self::Check(command) => command.run(global),
+            Self::Build(command) => command.run(global),
             Self::Status(command) => command.run(global),
             Self::List(command) => command.run(global),
             Self::Revert(command) => command.run(global),

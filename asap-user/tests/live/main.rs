@@ -2,6 +2,7 @@
 //! Programs to be patched are in `tests/fixtures`; tests that need root say so and are skipped without it.
 
 mod at_rest;
+mod build_from_source;
 mod cancelled_requests;
 mod confined_targets;
 mod dry_run;
