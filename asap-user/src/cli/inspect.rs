@@ -3,23 +3,28 @@
 use super::{
     context::Global,
     files,
-    text::{count, table},
+    text::{count, printable, table},
 };
 use crate::{
     image::demangle,
-    patch::{ImportKind, PatchObject},
+    patch::{
+        ImportKind, PatchObject,
+        manifest::{self, Manifest},
+    },
     report::Failure,
 };
 use serde::Serialize;
 use std::{collections::BTreeMap, path::PathBuf};
 
-/// Show what object files bring as a patch: functions, replacements, hooks, what they need from the target.
+/// Show what object files bring as a patch: functions, replacements, hooks, what they need from the target; and what a patch
+/// file says of itself.
 ///
 /// The files are read as one patch. No target and no agent is needed.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   asap inspect fix.o
+  asap inspect fix.asap
   asap inspect --json fix.o helper.o | jq '.needs[].name'")]
 pub struct Inspect {
     /// Object files (ELF, relocatable).
@@ -30,6 +35,8 @@ pub struct Inspect {
 /// What is shown.
 #[derive(Debug, Default, PartialEq, Eq, Serialize)]
 struct Contents {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    manifest: Option<Manifest>,
     functions: Vec<Defined>,
     variables: Vec<Defined>,
     replaces: Vec<Replaces>,
@@ -72,7 +79,12 @@ impl Inspect {
     pub fn run(self, global: &Global) -> Result<(), Failure> {
         let files: Vec<_> = files::read(&self.files)?.into_iter().map(|file| (file.name, file.bytes)).collect();
         let object = PatchObject::read(&files).map_err(|error| Failure::refused(error.to_string(), String::new()))?;
-        let contents = Contents::of(&object);
+        let mut contents = Contents::of(&object);
+        for (name, bytes) in &files {
+            let read =
+                manifest::read(bytes).map_err(|error| Failure::refused(format!("{name}: {error}"), String::new()))?;
+            contents.manifest = contents.manifest.or(read);
+        }
         global.show(&contents, || inspect(&contents))
     }
 }
@@ -103,6 +115,7 @@ impl Contents {
         let variables = object.variables().into_iter();
         let replaces = object.replacements().iter();
         Self {
+            manifest: None,
             functions: functions
                 .map(|f| Defined { name: demangle(&f.name), bytes: f.size, scope: scope(f.global) })
                 .collect(),
@@ -124,13 +137,14 @@ impl Contents {
 }
 
 fn inspect(contents: &Contents) -> String {
-    let mut parts = vec![format!(
+    let mut parts: Vec<String> = contents.manifest.iter().map(described).collect();
+    parts.push(format!(
         "{}; memory: {} bytes of code, {} of constants, {} of variables\n",
         count(contents.functions.len(), "function", "functions"),
         contents.code_bytes,
         contents.rodata_bytes,
         contents.data_bytes
-    )];
+    ));
     let mut section = |header: &[&str], rows: Vec<Vec<String>>| {
         if !rows.is_empty() {
             parts.push(table("  ", header, rows));
@@ -163,6 +177,33 @@ fn inspect(contents: &Contents) -> String {
     parts.concat()
 }
 
+/// What a patch file says of itself.
+fn described(manifest: &Manifest) -> String {
+    let class = manifest.class;
+    let mut text = format!("{}: class {class} ({}), made by {}\n", manifest.name, class.meaning(), manifest.tool);
+    let mut line = |name: &str, values: Vec<String>| {
+        if !values.is_empty() {
+            text.push_str(&format!("  {name}: {}\n", values.join(", ")));
+        }
+    };
+    line("target", vec![manifest.target.clone()]);
+    line("builds", manifest.builds.iter().map(|build| build.build_id.clone()).collect());
+    line("replaces the functions", manifest.functions.iter().map(|function| demangle(&function.written())).collect());
+    let origin = &manifest.origin;
+    let package = [&origin.package, &origin.version].into_iter().flatten().cloned().collect::<Vec<_>>().join(" ");
+    line("package", Some(package).filter(|package| !package.is_empty()).into_iter().collect());
+    line("diff", origin.diff.iter().chain(&origin.diff_sha256).cloned().collect());
+    line("fixes", origin.fixes.clone());
+    line("requires the patches", manifest.requires.clone());
+    line("replaces the patches", manifest.replaces.clone());
+    printable_lines(&text)
+}
+
+/// Names come from a file that anyone may have made.
+fn printable_lines(text: &str) -> String {
+    text.lines().map(|line| printable(line) + "\n").collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -186,5 +227,27 @@ mod tests {
              \x20 NEEDS  AS                    OF\n  puts   function or variable\n\
              \x20 RELOCATION     TIMES\n  R_X86_64_PC32  3\n"
         ));
+    }
+
+    #[test]
+    fn a_patch_file_says_what_it_is_for() {
+        let json = serde_json::json!({
+            "name": "fix", "class": "new-data", "target": "nginx", "builds": [{ "build_id": "c0ffee" }],
+            "functions": [{ "old": "f", "file": "a.c", "new": "f" }, { "old": "\u{1b}[2Jg", "new": "g" }],
+            "origin": { "diff": "CVE-2026-1.patch", "fixes": ["CVE-2026-1"] }, "tool": "asap 0.1.0",
+        });
+        let manifest: Manifest = serde_json::from_value(json).expect("a manifest");
+        let text = described(&manifest);
+        assert!(
+            text.starts_with(
+                "fix: class new-data (functions change and bring data of their own), made by asap 0.1.0\n\
+                 \x20 target: nginx\n  builds: c0ffee\n  replaces the functions: a.c:f, "
+            ),
+            "{text}"
+        );
+        assert!(
+            text.ends_with("  diff: CVE-2026-1.patch\n  fixes: CVE-2026-1\n") && !text.contains('\u{1b}'),
+            "{text}"
+        );
     }
 }
