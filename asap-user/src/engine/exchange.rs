@@ -10,7 +10,13 @@ use super::{
 };
 use crate::{
     address::{PAGE_SIZE, TargetAddr},
-    process::{maps::Maps, pages},
+    process::{
+        info,
+        locked::Lock,
+        maps::Maps,
+        pages,
+        puppet::{Puppet, PuppetError},
+    },
     report::Failure,
     watchdog,
 };
@@ -32,6 +38,8 @@ struct PageChange {
     after: Vec<u8>,
     /// The file's bytes.
     clean: Vec<u8>,
+    /// How the page is locked in memory.
+    lock: Option<Lock>,
     /// The page as it will be, ready to be moved into place.
     next: Option<TargetAddr>,
 }
@@ -125,7 +133,7 @@ impl Exchange {
         let mut gates = Vec::new();
         let laid: Result<(), Failure> = (|| {
             for change in &self.changes {
-                back.push(copy_of(process, change.spare, &change.clean, &change.before)?);
+                back.push(copy_of(process, change.spare, &change.clean, &change.before, change.lock)?);
                 let keeper = process.gates.as_mut().map_err(|reason| no_gates(pid, reason))?;
                 gates.push(keeper.prepare(&mut process.puppet, &change.before).map_err(|error| no_gates(pid, error))?);
             }
@@ -205,7 +213,7 @@ impl Exchange {
             let mut fresh = back;
             for index in fresh.len()..error.done {
                 let change = &self.changes[index];
-                if let Ok(copy) = copy_of(process, change.spare, &change.clean, &change.before) {
+                if let Ok(copy) = copy_of(process, change.spare, &change.clean, &change.before, change.lock) {
                     fresh.push(copy);
                 }
             }
@@ -346,25 +354,52 @@ pub fn record(process: &mut TargetProcess, change: impl FnOnce(&mut super::ledge
     })
 }
 
-/// A copy of the page behind `spare` with `bytes` in it.
-fn copy_of(process: &mut TargetProcess, spare: TargetAddr, clean: &[u8], bytes: &[u8]) -> Result<TargetAddr, Failure> {
+fn lock_of(pid: i32, page: TargetAddr) -> Option<Lock> {
+    Lock::of(info::living_thread(pid)?, page)
+}
+
+/// A second mapping of the page at `page`, unlocked; the first is locked as it was.
+fn second_mapping(puppet: &mut Puppet, page: TargetAddr, lock: Option<Lock>) -> Result<TargetAddr, PuppetError> {
+    let Some(lock) = lock else { return pages::duplicate(puppet, page) };
+    lock.unlock(puppet, page)?;
+    let spare = pages::duplicate(puppet, page);
+    lock.lock(puppet, page)?;
+    spare
+}
+
+/// A copy of the page behind `spare` with `bytes` in it, locked like the page in whose place it will be.
+fn copy_of(
+    process: &mut TargetProcess,
+    spare: TargetAddr,
+    clean: &[u8],
+    bytes: &[u8],
+    lock: Option<Lock>,
+) -> Result<TargetAddr, Failure> {
     let pid = process.pid;
     let copy = pages::duplicate(&mut process.puppet, spare).map_err(|error| explain(pid, error))?;
-    if bytes == clean {
-        return Ok(copy);
-    }
-    if let Err(error) = pages::keep_apart(&mut process.puppet, copy) {
+    let filled = fill(process, copy, clean, bytes).and_then(|()| {
+        lock.map_or(Ok(()), |lock| lock.lock(&mut process.puppet, copy).map_err(|error| explain(pid, error)))
+    });
+    if let Err(failure) = filled {
         let _ = pages::unmap(&mut process.puppet, copy, PAGE_SIZE);
-        return Err(explain(pid, error));
-    }
-    if let Err(error) = write_differences(process, copy, clean, bytes) {
-        let _ = pages::unmap(&mut process.puppet, copy, PAGE_SIZE);
-        return Err(Failure::refused(
-            format!("the copy of a text page in process {pid} can't be written: {error}"),
-            "see `asap doctor`; a security module may forbid it",
-        ));
+        return Err(failure);
     }
     Ok(copy)
+}
+
+/// Writes into a copy of a page what is other than in the file.
+fn fill(process: &mut TargetProcess, copy: TargetAddr, clean: &[u8], bytes: &[u8]) -> Result<(), Failure> {
+    let pid = process.pid;
+    if bytes == clean {
+        return Ok(());
+    }
+    pages::keep_apart(&mut process.puppet, copy).map_err(|error| explain(pid, error))?;
+    write_differences(process, copy, clean, bytes).map_err(|error| {
+        Failure::refused(
+            format!("the copy of a text page in process {pid} can't be written: {error}"),
+            "see `asap doctor`; a security module may forbid it",
+        )
+    })
 }
 
 fn write_differences(process: &TargetProcess, at: TargetAddr, clean: &[u8], bytes: &[u8]) -> std::io::Result<()> {
@@ -382,6 +417,7 @@ fn prepare_page(
     let pid = process.pid;
     let known = process.book.ledger.pages.iter().find(|known| known.page == page).copied();
     let now = pages::content(&process.memory, page).map_err(|error| gone(pid, error))?;
+    let lock = lock_of(pid, page);
     let (spare, clean) = match known {
         Some(known) => {
             let clean = pages::content(&process.memory, known.spare).map_err(|error| gone(pid, error))?;
@@ -389,7 +425,7 @@ fn prepare_page(
         }
         None => {
             // The caller has compared the page with its file: it is clean, and nothing is lost by mapping it anew.
-            let spare = pages::duplicate(&mut process.puppet, page).map_err(|error| explain(pid, error))?;
+            let spare = second_mapping(&mut process.puppet, page, lock).map_err(|error| explain(pid, error))?;
             crate::fault::point("exchange.spare-made");
             record(process, |ledger| ledger.pages.push(ChangedPage { page, spare }))?;
             (spare, now.clone())
@@ -410,8 +446,8 @@ fn prepare_page(
         ));
     }
     let rendered = text::render(page, &clean, after);
-    let next = copy_of(process, spare, &clean, &rendered)?;
-    Ok(PageChange { page, spare, before: now, after: rendered, clean, next: Some(next) })
+    let next = copy_of(process, spare, &clean, &rendered, lock)?;
+    Ok(PageChange { page, spare, before: now, after: rendered, clean, lock, next: Some(next) })
 }
 
 /// Unmaps what the ledger says is no longer used.
@@ -486,7 +522,7 @@ pub fn recover(process: &mut TargetProcess) -> Result<(), Failure> {
         if let (true, Some(known)) = (is_gate, known) {
             let clean = pages::content(&process.memory, known.spare).map_err(|error| gone(pid, error))?;
             let rendered = text::render(page, &clean, jumps);
-            let copy = copy_of(process, known.spare, &clean, &rendered)?;
+            let copy = copy_of(process, known.spare, &clean, &rendered, lock_of(pid, page))?;
             process.puppet.exchange(&process.memory, &[(copy, page)]).map_err(|error| gone(pid, error))?;
         }
     }

@@ -5,6 +5,7 @@ pub mod gate;
 mod held;
 pub mod info;
 pub mod inject;
+pub mod locked;
 pub mod maps;
 pub mod memory;
 pub mod pages;

@@ -52,7 +52,20 @@ fn a_process_that_seccomp_kills_for_what_a_helper_does() {
 fn a_process_with_locked_memory() {
     let Some(lab) = Lab::new("a_process_with_locked_memory") else { return };
     let target = confined(&["locked"]);
+    let locked = || {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", target.pid())).expect("it runs");
+        status.lines().find(|line| line.starts_with("VmLck:")).expect("a line").to_owned()
+    };
+    // Mappings of code that are locked.
+    let code = || {
+        let smaps = std::fs::read_to_string(format!("/proc/{}/smaps", target.pid())).expect("it runs");
+        let flags = smaps.lines().filter(|line| line.starts_with("VmFlags:") && line.contains(" ex "));
+        flags.filter(|line| line.contains(" lo")).count()
+    };
+    let (before, locked_code) = (locked(), code());
+    assert!(!before.contains(" 0 kB") && locked_code > 0, "{before}");
     assert_can_be_patched(&lab, &target, target.pid(), "locked");
+    assert_eq!((locked(), code()), (before, locked_code), "it is locked as it was");
 }
 
 #[test]
