@@ -29,6 +29,12 @@ pub fn check(pid: i32) -> Result<ProcessInfo, Failure> {
     if pid == std::process::id() as i32 {
         return Err(Failure::refused(format!("process {pid} is the asap agent itself"), "name another process"));
     }
+    if info.parent == std::process::id() as i32 && info.name == "asap-watchdog" {
+        return Err(Failure::refused(
+            format!("process {pid} is the watchdog of the asap agent"),
+            "name another process",
+        ));
+    }
     let Some(tid) = info::living_thread(pid) else {
         return Err(Failure::refused(
             format!(

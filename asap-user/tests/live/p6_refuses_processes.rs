@@ -95,6 +95,13 @@ fn p6_the_agent_itself() {
     lab.attach(target.pid());
     let agent = lab.agent();
     attach(&lab, agent).refusal(&["agent itself"]);
+    let children = fs::read_to_string(format!("/proc/{agent}/task/{agent}/children")).expect("it runs");
+    let watchdog = children.trim().parse().expect("one child");
+    attach(&lab, watchdog).refusal(&["watchdog"]);
+    assert!(runs(watchdog));
+    // Nor the helper in a target.
+    let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", target.pid())).expect("it runs");
+    attach(&lab, children.trim().parse().expect("one child")).refusal(&["traced"]);
     assert_eq!(lab.agent(), agent, "it lives");
 }
 
