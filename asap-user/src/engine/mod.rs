@@ -243,6 +243,7 @@ impl Operations for Engine {
     fn attach(&mut self, request: &AttachRequest, progress: &mut dyn FnMut(Progress)) -> Result<AttachReport, Failure> {
         let begin = Instant::now();
         let pid = request.pid;
+        self.watch.was_disturbed();
         self.bury_dead();
         if self.targets.contains_key(&pid) {
             return Err(Failure::refused(format!("process {pid} is attached already"), "go on with asap patch"));
@@ -277,6 +278,7 @@ impl Operations for Engine {
 
     fn patch(&mut self, request: &PatchRequest, progress: &mut dyn FnMut(Progress)) -> Result<PatchReport, Failure> {
         let report = self.patch_all(request, progress);
+        self.watch.was_disturbed();
         self.images.clear();
         report
     }
@@ -285,6 +287,7 @@ impl Operations for Engine {
         let pid = self.meant(request.pid)?;
         let target = self.targets.get_mut(&pid).ok_or_else(|| process::gone(pid, "it is not there"))?;
         let report = revert::revert(target, &mut self.images, &self.observers, request, progress);
+        self.watch.was_disturbed();
         self.images.clear();
         report
     }

@@ -14,6 +14,8 @@ use std::{
 const QUIET: Duration = Duration::from_millis(100);
 /// And at most so long after the first.
 const LONGEST: Duration = Duration::from_secs(1);
+/// Loading the programs takes some 20 ms, in which no request is worked at: that is left until nobody has asked for so long.
+const REST: Duration = Duration::from_millis(300);
 /// Without events: how often to look for what has changed, and how often for new children.
 const LOOK: Duration = Duration::from_millis(200);
 const DISCOVER: Duration = Duration::from_secs(2);
@@ -24,6 +26,8 @@ pub struct LifeWatch {
     cycles: Option<LifeCycles>,
     /// The kernel does not tell.
     is_deaf: bool,
+    /// Since when there has been something to watch, and no request.
+    rests_since: Option<Instant>,
     watched: BTreeSet<i32>,
     /// Heard of, and not known yet whether they belong to a target.
     strangers: BTreeSet<i32>,
@@ -102,13 +106,21 @@ impl LifeWatch {
         *self = Self { is_deaf: true, ..Self::default() };
     }
 
+    /// A request was worked at.
+    pub fn was_disturbed(&mut self) {
+        self.rests_since = None;
+    }
+
     /// Watches just the processes in care; whoever is new is to be looked at for children once more.
     pub fn follow(&mut self, targets: &BTreeMap<i32, Target>, observers: &Observers) {
-        if targets.is_empty() {
-            *self = Self { is_deaf: self.is_deaf, ..Self::default() };
+        if targets.is_empty() && self.cycles.is_none() {
+            self.rests_since = None;
             return;
         }
         if self.cycles.is_none() && !self.is_deaf {
+            if self.rests_since.get_or_insert_with(Instant::now).elapsed() < REST {
+                return;
+            }
             match observers.life_cycles() {
                 Some(Ok(cycles)) => self.cycles = Some(cycles),
                 Some(Err(error)) => self.give_up(&error),
@@ -144,6 +156,8 @@ impl LifeWatch {
     pub fn wants_discovery(&self) -> bool {
         if self.cycles.is_some() {
             self.due.is_some_and(|due| due.at() <= Instant::now())
+        } else if !self.is_deaf {
+            false
         } else {
             self.discovered.is_none_or(|last| last.elapsed() >= DISCOVER)
         }
@@ -167,6 +181,8 @@ impl LifeWatch {
             None
         } else if self.cycles.is_some() {
             self.due.map(|due| due.at().saturating_duration_since(Instant::now()))
+        } else if let Some(since) = self.rests_since.filter(|_| !self.is_deaf) {
+            Some(REST.saturating_sub(since.elapsed()))
         } else {
             Some(LOOK)
         }
