@@ -146,9 +146,9 @@ pub fn assemble(pairs: &[Pair], twin: &Image, module: &Image, facts: &Facts) -> 
         elsewhere: Vec::new(),
         patch: None,
     };
-    let mut compared = Vec::new();
+    let (mut compared, mut fresh) = (Vec::new(), HashSet::new());
     for pair in pairs {
-        compared.extend(compare_pair(pair, &names)?);
+        compared.extend(compare_pair(pair, &names, &mut fresh)?);
     }
     let kept = keep(compared, &names, &mut verdict.elsewhere);
     for part in &kept {
@@ -197,7 +197,7 @@ pub fn assemble(pairs: &[Pair], twin: &Image, module: &Image, facts: &Facts) -> 
     for (name, file) in wanted.filter(|wanted| seen.insert(wanted.clone())) {
         // What the twin has not comes from a library, and libraries tell their names.
         let Some(symbol) = names.find(&name, file.as_deref()) else {
-            if kept.iter().any(|part| part.new.defines(&name)) {
+            if fresh.contains(&name) {
                 verdict.findings.push(not_set_up(&name));
             }
             continue;
@@ -265,12 +265,15 @@ fn not_set_up(name: &str) -> Finding {
     }
 }
 
-fn compare_pair(pair: &Pair, names: &Names) -> Result<Option<Compared>, AssembleError> {
+/// `fresh` gets the names of global functions and variables that the source did not have before.
+fn compare_pair(pair: &Pair, names: &Names, fresh: &mut HashSet<String>) -> Result<Option<Compared>, AssembleError> {
     let new = Object::read(&pair.source, &pair.new)?;
     let old = match &pair.old {
         Some(bytes) => Object::read(&pair.source, bytes)?,
         None => Object::empty(&pair.source),
     };
+    let globals = new.symbols.iter().map(|symbol| &symbol.name);
+    fresh.extend(globals.filter(|name| new.defines(name) && !old.defines(name)).cloned());
     let mut comparison = compare::compare(&old, &new);
     let types = match &pair.old {
         Some(bytes) => types::compare(&pair.source, bytes, &pair.new),
