@@ -118,7 +118,7 @@ pub enum Mechanism {
     Auto,
     /// A jump at the function's entry, installed by exchanging the text page.
     Page,
-    /// An eBPF uprobe program that writes the instruction pointer; needs a kernel that allows it.
+    /// An eBPF uprobe program that writes the instruction pointer. Not usable yet: refused on every kernel.
     Redirect,
 }
 

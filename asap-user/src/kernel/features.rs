@@ -71,7 +71,7 @@ const TRIALS: [Trial; 11] = [
     ),
     (
         "redirect",
-        "--mechanism redirect: functions replaced without a write to the target's text",
+        "nothing yet: `asap patch --mechanism redirect` is refused on every kernel",
         "a kernel that lets uprobe programs write registers (7.2 does); asap works without",
         redirect_program,
     ),
