@@ -97,7 +97,7 @@ fn pause(asap: &Path, folder: &Path, rounds: usize) -> Result<(String, Value)> {
     let agent = Agent::start(asap, folder)?;
     let mut text = String::from(
         "Longest pause of a worker, and time from the commands (attach, patch) until every worker runs the new code; ms, medians\n\
-         threads      left alone   stop-all   asap   until all run it   (gate closed   longest stop)\n",
+         threads      left alone   commands alone   stop-all   asap   until all run it   (gate closed   longest stop)\n",
     );
     let mut figures = Vec::new();
     for threads in THREADS {
@@ -105,12 +105,20 @@ fn pause(asap: &Path, folder: &Path, rounds: usize) -> Result<(String, Value)> {
         let mut workers = Workers::start(&program, threads, hot)?;
         let pid = workers.pid();
         std::thread::sleep(Duration::from_millis(500));
-        let (mut alone, mut stopped, mut patched, mut until, mut gate, mut stop) =
-            <(Vec<f64>, Vec<f64>, Vec<f64>, Vec<f64>, Vec<f64>, Vec<f64>)>::default();
+        let (mut alone, mut commands, mut stopped, mut patched) = <(Vec<f64>, Vec<f64>, Vec<f64>, Vec<f64>)>::default();
+        let (mut until, mut gate, mut stop) = <(Vec<f64>, Vec<f64>, Vec<f64>)>::default();
         for _ in 0..rounds {
             workers.mark()?;
             std::thread::sleep(Duration::from_millis(300));
             alone.push(workers.report()?.longest as f64 * MS);
+
+            // Two commands that do nothing to the target: processes that start take processor time from it, whatever they do.
+            workers.mark()?;
+            std::thread::sleep(Duration::from_millis(50));
+            agent.ask(&["status"])?;
+            agent.ask(&["status"])?;
+            std::thread::sleep(Duration::from_millis(250));
+            commands.push(workers.report()?.longest as f64 * MS);
 
             workers.mark()?;
             std::thread::sleep(Duration::from_millis(50));
@@ -138,23 +146,22 @@ fn pause(asap: &Path, folder: &Path, rounds: usize) -> Result<(String, Value)> {
             stop.push(process["longest_stop_us"].as_f64().unwrap_or(f64::NAN) / 1000.0);
             agent.ask(&["detach", "--revert"])?;
         }
-        let row =
-            [&mut alone, &mut stopped, &mut patched, &mut until, &mut gate, &mut stop].map(|values| median(values));
+        let row = [&mut alone, &mut commands, &mut stopped, &mut patched, &mut until, &mut gate, &mut stop]
+            .map(|values| median(values));
         let _ = writeln!(
             text,
-            "{threads:>5} {:6}   {:>8.2}   {:>8.2}   {:>6.2}   {:>10.2}      {:>10.2}   {:>10.2}",
+            "{threads:>5} {:6}   {:>8.2}   {:>14.2}   {:>8.2}   {:>6.2}   {:>10.2}      {:>10.2}   {:>10.2}",
             if hot { "hot" } else { "paced" },
             row[0],
             row[1],
             row[2],
             row[3],
             row[4],
-            row[5]
+            row[5],
+            row[6]
         );
-        figures.push(
-            json!({ "threads": threads, "hot": hot, "alone_ms": row[0], "stop_all_ms": row[1], "asap_ms": row[2],
-            "until_all_ms": row[3], "gate_ms": row[4], "stop_ms": row[5] }),
-        );
+        figures.push(json!({ "threads": threads, "hot": hot, "alone_ms": row[0], "commands_ms": row[1],
+            "stop_all_ms": row[2], "asap_ms": row[3], "until_all_ms": row[4], "gate_ms": row[5], "stop_ms": row[6] }));
     }
     Ok((text, Value::Array(figures)))
 }

@@ -64,6 +64,14 @@ pub enum OldMemory {
     Keep,
 }
 
+/// Gates that are ready to be closed; they end with [`Exchange::close_gates`] or [`Exchange::remove_gates`].
+#[derive(Debug, Default)]
+pub struct Laid {
+    /// The pages as they were, to be moved back.
+    back: Vec<TargetAddr>,
+    gates: Vec<TargetAddr>,
+}
+
 /// Closed gates; they end with [`Exchange::commit`] or [`Exchange::reopen`].
 #[derive(Debug)]
 pub struct Closed {
@@ -123,31 +131,47 @@ impl Exchange {
         self.changes.is_empty()
     }
 
-    /// Closes the gates of all pages: from now on nobody enters.
+    /// Makes the gates of all pages, and copies of the pages to put back. Nobody notices them yet.
     ///
     /// # Errors
-    /// There are no gates on this system, or the kernel refuses; the pages are as they were.
-    pub fn close_gates(&self, process: &mut TargetProcess) -> Result<Closed, Failure> {
+    /// There are no gates on this system, or the kernel refuses; nothing is left.
+    pub fn lay_gates(&self, process: &mut TargetProcess) -> Result<Laid, Failure> {
         let pid = process.pid;
-        let mut back = Vec::new();
-        let mut gates = Vec::new();
-        let laid: Result<(), Failure> = (|| {
+        let mut laid = Laid::default();
+        let all: Result<(), Failure> = (|| {
             for change in &self.changes {
-                back.push(copy_of(process, change.spare, &change.clean, &change.before, change.lock)?);
+                laid.back.push(copy_of(process, change.spare, &change.clean, &change.before, change.lock)?);
                 let keeper = process.gates.as_mut().map_err(|reason| no_gates(pid, reason))?;
-                gates.push(keeper.prepare(&mut process.puppet, &change.before).map_err(|error| no_gates(pid, error))?);
+                let gate = keeper.prepare(&mut process.puppet, &change.before);
+                laid.gates.push(gate.map_err(|error| no_gates(pid, error))?);
             }
             Ok(())
         })();
-        if let Err(failure) = laid {
-            self.discard(process, &back, &gates);
-            return Err(failure);
-        }
-        if let Err(failure) = self.check_in_place(process) {
-            self.discard(process, &back, &gates);
-            return Err(failure);
-        }
         crate::fault::point("gate.prepared");
+        match all {
+            Ok(()) => Ok(laid),
+            Err(failure) => {
+                self.remove_gates(process, laid);
+                Err(failure)
+            }
+        }
+    }
+
+    /// Takes gates away that were not closed.
+    pub fn remove_gates(&self, process: &mut TargetProcess, laid: Laid) {
+        self.discard(process, &laid.back, &laid.gates);
+    }
+
+    /// Closes the gates of all pages: from now on nobody enters.
+    ///
+    /// # Errors
+    /// The text is not what it was, or the kernel refuses; the pages are as they were, and the gates are gone.
+    pub fn close_gates(&self, process: &mut TargetProcess, laid: Laid) -> Result<Closed, Failure> {
+        if let Err(failure) = self.check_in_place(process) {
+            self.remove_gates(process, laid);
+            return Err(failure);
+        }
+        let Laid { back, gates } = laid;
         let since = Instant::now();
         let watched = watchdog::section("closed gates", GATE_LIMIT);
         let moves: Vec<_> = gates.iter().copied().zip(self.changes.iter().map(|change| change.page)).collect();
@@ -156,7 +180,7 @@ impl Exchange {
         if let Err(error) = closed {
             self.put_back(process, &back, error.done);
             self.discard(process, &back[error.done..], &gates[error.done..]);
-            return Err(no_gates(pid, error));
+            return Err(no_gates(process.pid, error));
         }
         Ok(Closed { since, back, _watched: watched })
     }

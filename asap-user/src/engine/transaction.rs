@@ -185,7 +185,21 @@ fn try_closed(
         report.longest_stop_us = report.longest_stop_us.max(micros(since.elapsed()));
         return Ok(Err(verdict.busy));
     }
-    let closed = exchange.close_gates(process)?;
+    let laid = exchange.lay_gates(process)?;
+    // That took a while, and who has run meanwhile must be looked at again: better before the gates are closed.
+    let verdict = match checker.look(process) {
+        Ok(verdict) => verdict,
+        Err(failure) => {
+            exchange.remove_gates(process, laid);
+            return Err(failure);
+        }
+    };
+    note_check(report, &verdict);
+    if !verdict.busy.is_empty() && !verdict.may_drain {
+        exchange.remove_gates(process, laid);
+        return Ok(Err(verdict.busy));
+    }
+    let closed = exchange.close_gates(process, laid)?;
     let begin = Instant::now();
     let found: Result<Result<Option<Vec<Stopped>>, Vec<BusyThread>>, Failure> = loop {
         let verdict = match checker.look_again(process) {
