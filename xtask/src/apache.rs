@@ -34,6 +34,7 @@ pub struct Apache {
     log: PathBuf,
     /// One line for each request for ranges: the process that answered.
     ranges_log: PathBuf,
+    configuration: PathBuf,
     /// Where it listens.
     pub address: SocketAddr,
 }
@@ -74,13 +75,25 @@ impl Apache {
         );
         let file = directory.join("apache.conf");
         fs::write(&file, configuration)?;
-        let mut apache = Command::new(PROGRAM);
-        apache.args(["-DFOREGROUND", "-f"]).arg(&file).stdin(Stdio::null()).stdout(Stdio::null());
-        let mut apache = Self { parent: Owned::spawn(&mut apache)?, log, ranges_log, address };
-        apache.wait_until("serves with all children", |parent| {
-            workers(parent).len() == CHILDREN && http::get(address, FILE, &[]).is_ok_and(|a| a.status == 200)
-        })?;
+        let parent = spawn(&file)?;
+        let mut apache = Self { parent, log, ranges_log, configuration: file, address };
+        apache.wait_until_it_serves()?;
         Ok(apache)
+    }
+
+    fn wait_until_it_serves(&mut self) -> Result<()> {
+        let address = self.address;
+        self.wait_until("serves with all children", |parent| {
+            workers(parent).len() == CHILDREN && http::get(address, FILE, &[]).is_ok_and(|a| a.status == 200)
+        })
+    }
+
+    /// Stops it as Debian's unit does, when what is being answered has been, and starts it again.
+    pub fn restart(&mut self) -> Result<()> {
+        kill(Pid::from_raw(self.pid()), Signal::SIGWINCH).context("apache2 can't be signalled")?;
+        self.parent.wait()?;
+        self.parent = spawn(&self.configuration)?;
+        self.wait_until_it_serves()
     }
 
     fn wait_until(&mut self, what: &str, holds: impl Fn(i32) -> bool) -> Result<()> {
@@ -129,6 +142,11 @@ impl Apache {
                 && old.iter().all(|&pid| threads(pid) == 0)
         })
     }
+}
+
+fn spawn(configuration: &Path) -> Result<Owned> {
+    let mut apache = Command::new(PROGRAM);
+    Owned::spawn(apache.args(["-DFOREGROUND", "-f"]).arg(configuration).stdin(Stdio::null()).stdout(Stdio::null()))
 }
 
 fn workers(parent: i32) -> Vec<i32> {

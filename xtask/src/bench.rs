@@ -5,7 +5,7 @@ use crate::{
     apache::Apache,
     command, demo,
     owned::{Folder, Owned},
-    setup,
+    peers, setup,
     workers::{self, Workers},
 };
 use anyhow::{Context, Result, bail, ensure};
@@ -40,6 +40,8 @@ pub enum What {
     Large,
     /// 10,000 times in and out under load.
     Cycles,
+    /// The same repair by asap, Frida, gdb, and a restart; not part of everything: it installs Frida from PyPI.
+    Peers,
 }
 
 const ALL: [What; 5] = [What::Pause, What::Calls, What::Apache, What::Large, What::Cycles];
@@ -64,6 +66,7 @@ pub fn run(what: Option<What>, as_json: bool, rounds: usize) -> Result<()> {
             What::Apache => apache(&asap, folder.path(), rounds)?,
             What::Large => large(&asap, folder.path(), rounds)?,
             What::Cycles => cycles(folder.path())?,
+            What::Peers => peers::run(&asap, folder.path(), rounds)?,
         };
         if !as_json {
             println!("{text}");
@@ -76,12 +79,14 @@ pub fn run(what: Option<What>, as_json: bool, rounds: usize) -> Result<()> {
     Ok(())
 }
 
-fn median(values: &mut [f64]) -> f64 {
+/// The middle one.
+pub fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
     if values.is_empty() { f64::NAN } else { values[values.len() / 2] }
 }
 
-fn now() -> u64 {
+/// CLOCK_MONOTONIC, ns.
+pub fn now() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: `time` is a live local.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
@@ -228,8 +233,13 @@ fn apache(asap: &Path, folder: &Path, rounds: usize) -> Result<(String, Value)> 
 
 /// Resident memory of a process, KiB.
 pub fn resident(pid: i32) -> Result<u64> {
+    memory(pid, "VmRSS:")
+}
+
+/// A size in `/proc/PID/status`, KiB.
+pub fn memory(pid: i32, what: &str) -> Result<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("a resident size")?;
+    let line = status.lines().find_map(|line| line.strip_prefix(what)).context("a size")?;
     line.trim().trim_end_matches(" kB").parse().context("a number")
 }
 

@@ -340,9 +340,14 @@ impl std::fmt::Display for Threads {
 
 /// Compiles the demo's patch as an administrator would.
 pub fn compile(source: &Path, object: &Path) -> Result<()> {
+    compile_with(source, object, &["-c"])
+}
+
+/// As [`compile`], with more arguments.
+pub fn compile_with(source: &Path, output: &Path, arguments: &[&str]) -> Result<()> {
     let mut gcc = Command::new("gcc");
-    gcc.args(["-O2", "-fPIC", "-c", "-Wall", "-Werror", "-I/usr/include/apache2", "-I/usr/include/apr-1.0", "-I"]);
-    gcc.arg(command::top().join("asap-user/include")).arg("-o").arg(object).arg(source);
+    gcc.args(["-O2", "-fPIC", "-Wall", "-Werror", "-I/usr/include/apache2", "-I/usr/include/apr-1.0", "-I"]);
+    gcc.arg(command::top().join("asap-user/include")).args(arguments).arg("-o").arg(output).arg(source);
     command::run(&mut gcc)
 }
 

@@ -9,6 +9,7 @@ mod ebpf;
 mod http;
 mod load;
 mod owned;
+mod peers;
 mod setup;
 mod snapshot;
 mod soak;

@@ -5,7 +5,7 @@ use anyhow::{Context, Result, bail};
 use std::{
     io::{BufRead, BufReader, Write},
     path::{Path, PathBuf},
-    process::{ChildStdin, ChildStdout, Command, Stdio},
+    process::{ChildStdin, ChildStdout, Command, ExitStatus, Stdio},
 };
 
 /// A running worker program; ends with this value.
@@ -50,6 +50,11 @@ impl Workers {
     /// Process id.
     pub fn pid(&self) -> i32 {
         self.child.pid()
+    }
+
+    /// How they ended, if they have.
+    pub fn ended(&mut self) -> Result<Option<ExitStatus>> {
+        self.child.ended()
     }
 
     fn ask(&mut self, word: &str) -> Result<String> {
