@@ -158,6 +158,7 @@ fn locate(
         (None, None) => (query, (0..modules.len()).collect()),
     };
     let mut similar = Vec::new();
+    let mut other_kind = None;
     for index in searched {
         let module = &modules[index];
         match module.image.find_function(&query) {
@@ -170,9 +171,17 @@ fn locate(
             }
             Err(LookupError::Unknown { similar: names, .. }) => similar.extend(names),
             Err(error) => {
-                return Err(Failure::refused(format!("{}: {error}", module.path), way_out(&error, wanted)));
+                let failure = Failure::refused(format!("{}: {error}", module.path), way_out(&error, wanted));
+                // A variable of that name in one module keeps no function of another from being found.
+                if !matches!(error, LookupError::NotAFunction(_)) {
+                    return Err(failure);
+                }
+                other_kind.get_or_insert(failure);
             }
         }
+    }
+    if let Some(failure) = other_kind {
+        return Err(failure);
     }
     if let Some(address) = query.address {
         return Err(Failure::refused(
