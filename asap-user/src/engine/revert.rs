@@ -13,6 +13,7 @@ use super::{
     settle,
     target::Target,
     transaction::{self, Terms},
+    unloaded,
 };
 use crate::cancel;
 use crate::quiesce::observe::Region;
@@ -82,7 +83,12 @@ fn from_all(
             progress(Progress { step: format!("process {pid}"), fraction: Some(index as f64 / count as f64) });
             // Once one process is rid of it the others follow: there is no way back to all of them.
             let _to_the_end = (!reports.is_empty()).then(cancel::hold_off);
-            match from_process(process, images, observers, id, terms) {
+            let mut done = from_process(process, images, observers, id, terms);
+            // If it has unloaded the module meanwhile, there is nothing left to be changed back.
+            if done.is_err() && process.is_alive() && !unloaded::forget(process)?.is_empty() {
+                done = from_process(process, images, observers, id, terms);
+            }
+            match done {
                 Ok(report) => reports.push(report),
                 Err(failure) if !process.is_alive() => {
                     tracing::info!(pid, %failure, "a process ended while a patch was taken out");

@@ -1,14 +1,18 @@
 //! A library of the target goes away (dlclose) while a patch of it is in, or waits to go in.
 
 use crate::support::{Fixture, Lab, Source, lab_answer, maps, runs};
-use asap::report::{FailureKind, TargetState};
+use asap::report::{FailureKind, Reply, TargetState};
 use nix::{sys::signal, unistd::Pid};
 
 const FIX: &str = "int plugged(int x, int descriptor) { (void)descriptor; return x + 2; }";
 
 fn host() -> Fixture {
+    host_with(&["-O2"])
+}
+
+fn host_with(flags: &[&'static str]) -> Fixture {
     let library = Source::of(&["plugin.c"]).with(&["-O2", "-fPIC", "-shared"]).build();
-    let host = Source::of(&["host.c"]);
+    let host = Source::of(&["host.c"]).with(flags);
     Fixture::start(std::process::Command::new(host.build()).arg(library))
 }
 
@@ -125,4 +129,47 @@ fn a_library_is_unloaded_while_its_patch_waits() {
     assert!(maps(target.pid()).iter().any(|line| line.starts_with(&other)), "nothing came into its place");
     assert_eq!(target.number("load"), 1);
     assert_eq!(target.number("call 1"), 2);
+}
+
+#[test]
+fn a_library_is_unloaded_while_its_revert_waits() {
+    let Some(lab) = Lab::new("a_library_is_unloaded_while_its_revert_waits") else { return };
+    let target = host();
+    lab.attach(target.pid());
+    let fix = "long read(int, void *, unsigned long);
+        int plugged(int x, int descriptor) { char byte; return descriptor >= 0 && read(descriptor, &byte, 1) < 0 ? -1 : x + 2; }";
+    lab.patch(&["--function", "plugged", &lab.object(fix)]);
+    let agent = Pid::from_raw(lab.agent());
+    target.ask("enter");
+    let reverting = lab.start(&["revert", "--timeout", "60s"]);
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    assert!(runs(reverting.id() as i32), "it waits");
+    signal::kill(agent, signal::SIGSTOP).expect("it runs");
+    target.ask("leave");
+    let other = target.ask("occupy");
+    signal::kill(agent, signal::SIGCONT).expect("it is there");
+    // There is nothing left to be changed back.
+    let reply = lab_answer(reverting).reply();
+    assert!(matches!(&reply, Reply::Reverted(report) if report.processes.len() == 1), "{reply:?}");
+    assert_eq!(lab.status().targets[0].patches.len(), 0);
+    assert_eq!(lab.detach(&[]).clean, Some(true));
+    assert!(maps(target.pid()).iter().any(|line| line.starts_with(&other)), "nothing came into its place");
+    assert_eq!(target.number("load"), 1);
+    assert_eq!(target.number("call 1"), 2);
+}
+
+#[test]
+fn a_variable_of_the_program_hides_no_function_of_a_library() {
+    let Some(lab) = Lab::new("a_variable_of_the_program_hides_no_function_of_a_library") else { return };
+    let target = host_with(&["-O2", "-Dlibrary=plugged"]);
+    lab.attach(target.pid());
+    let fix = lab.object(FIX);
+    let report = lab.patch(&["--function", "plugged", &fix]);
+    assert!(report.patch.functions[0].module.contains("plugin"), "{report:?}");
+    assert_eq!(target.number("call 1"), 3);
+    assert_eq!(lab.detach(&["--revert"]).clean, Some(true));
+    // Where there is only the variable, that is what is said.
+    target.ask("unload");
+    lab.attach(target.pid());
+    lab.asap(&["patch", "--function", "plugged", &fix]).refusal(&["plugged is not a function"]);
 }
