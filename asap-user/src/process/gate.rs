@@ -5,14 +5,15 @@
 //! MINOR mode only, and always with the page's content in place: when the agent dies, the kernel lets every thread go on
 //! with those bytes (P1). Not for deciding when to close or open.
 
-use super::puppet::{Puppet, PuppetError};
+pub use super::userfault::GateError;
+use super::{puppet::Puppet, userfault};
 use crate::address::{PAGE_SIZE, TargetAddr};
 use std::{
     collections::HashMap,
     fs::File,
     io,
     os::{
-        fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd},
+        fd::{AsFd, OwnedFd},
         unix::fs::FileExt,
     },
     sync::{Arc, Mutex, PoisonError},
@@ -20,42 +21,6 @@ use std::{
     time::Instant,
 };
 use userfaultfd::{Event, RegisterMode, Uffd};
-
-/// Why there can be no gates in a process.
-#[derive(Debug, thiserror::Error)]
-pub enum GateError {
-    /// A call in the target failed.
-    #[error(transparent)]
-    Puppet(#[from] PuppetError),
-    /// The kernel's userfaultfd can't do it.
-    #[error("userfaultfd in process {pid}: {step}: {error}")]
-    Userfaultfd {
-        /// The process.
-        pid: i32,
-        /// What was tried.
-        step: &'static str,
-        /// The kernel's reason.
-        error: io::Error,
-    },
-}
-
-const FEATURE_EVENT_REMAP: u64 = 1 << 2;
-const FEATURE_THREAD_ID: u64 = 1 << 8;
-const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
-/// `UFFD_API` (linux/userfaultfd.h).
-const UFFD_API: u64 = 0xaa;
-
-/// `struct uffdio_api`.
-#[repr(C)]
-struct UffdioApi {
-    api: u64,
-    features: u64,
-    ioctls: u64,
-}
-
-mod ioctl {
-    nix::ioctl_readwrite!(uffdio_api, 0xaa, 0x3f, super::UffdioApi);
-}
 
 /// Threads seen waiting at closed gates, by id, with the time they were first seen.
 type Waiting = Arc<Mutex<HashMap<i32, Instant>>>;
@@ -96,32 +61,10 @@ impl Gatekeeper {
         target: i32,
         scratch: TargetAddr,
     ) -> Result<Self, GateError> {
-        const UFFD_USER_MODE_ONLY: u64 = 1;
-        let fail = |step| move |error| GateError::Userfaultfd { pid: target, step, error };
-        let flags = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64;
-        // The wider form needs a capability of the target, or vm.unprivileged_userfaultfd.
-        let wide = puppet.syscall("userfaultfd", libc::SYS_userfaultfd, [flags, 0, 0, 0, 0, 0]);
-        let covers_kernel_faults = wide.is_ok();
-        let number = match wide {
-            Ok(number) => number,
-            Err(PuppetError::Call { .. }) => {
-                let flags = flags | UFFD_USER_MODE_ONLY;
-                puppet.syscall("userfaultfd", libc::SYS_userfaultfd, [flags, 0, 0, 0, 0, 0])?
-            }
-            Err(error) => return Err(error.into()),
-        };
-        let fd = puppet.take_fd(number)?;
-        let mut api = UffdioApi {
-            api: UFFD_API,
-            features: FEATURE_MINOR_SHMEM | FEATURE_THREAD_ID | FEATURE_EVENT_REMAP,
-            ioctls: 0,
-        };
-        // SAFETY: `api` is a live local of the layout that the request reads and writes.
-        unsafe { ioctl::uffdio_api(fd.as_raw_fd(), &raw mut api) }
-            .map_err(|errno| fail("handshake (MINOR mode on shared memory)")(errno.into()))?;
+        let fail = |step| GateError::at(target, step);
+        let (uffd, covers_kernel_faults) = userfault::open(puppet, target, userfault::Forks::Ignore)?;
         memory.write(scratch, b"asap-gate\0").map_err(fail("writing a name"))?;
-        // SAFETY: the descriptor was just received and is owned here.
-        let uffd = Arc::new(unsafe { Uffd::from_raw_fd(fd.into_raw_fd()) });
+        let uffd = Arc::new(uffd);
         let stop = nix::sys::eventfd::EventFd::from_flags(nix::sys::eventfd::EfdFlags::EFD_CLOEXEC)
             .map_err(|errno| fail("eventfd")(errno.into()))?;
         let stop = OwnedFd::from(stop);
@@ -153,8 +96,7 @@ impl Gatekeeper {
     /// # Errors
     /// The kernel refuses the mapping or its registration; nothing is left.
     pub fn prepare(&mut self, puppet: &mut Puppet, content: &[u8]) -> Result<TargetAddr, GateError> {
-        let pid = self.pid;
-        let fail = |step| move |error| GateError::Userfaultfd { pid, step, error };
+        let fail = |step| GateError::at(self.pid, step);
         if self.content.is_none() {
             let arguments = [self.name.0, u64::from(libc::MFD_CLOEXEC), 0, 0, 0, 0];
             let in_puppet = puppet.syscall("memfd_create", libc::SYS_memfd_create, arguments)?;
@@ -167,16 +109,7 @@ impl Gatekeeper {
         behind.file.set_len(offset + PAGE_SIZE).map_err(fail("growing the memfd"))?;
         behind.file.write_all_at(content, offset).map_err(fail("filling the memfd"))?;
         behind.pages += 1;
-        // Private, so that debuggers can still write to the page through /proc/PID/mem.
-        let arguments = [
-            0,
-            PAGE_SIZE,
-            (libc::PROT_READ | libc::PROT_EXEC) as u64,
-            libc::MAP_PRIVATE as u64,
-            behind.in_puppet,
-            offset,
-        ];
-        let at = TargetAddr(puppet.syscall("mmap of a gate", libc::SYS_mmap, arguments)?);
+        let at = userfault::map_text(puppet, behind.in_puppet, offset, PAGE_SIZE)?;
         let registered = self.uffd.register_with_mode(at.0 as *mut _, PAGE_SIZE as usize, RegisterMode::MINOR);
         if let Err(error) = registered {
             let _ = puppet.syscall("munmap", libc::SYS_munmap, [at.0, PAGE_SIZE, 0, 0, 0, 0]);

@@ -6,10 +6,11 @@
 
 use super::puppet::{Puppet, PuppetError};
 use crate::address::{PAGE_SIZE, TargetAddr};
-use std::fs;
+use serde::{Deserialize, Serialize};
+use std::{fs, ops::Range};
 
 /// How a mapping is locked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Lock {
     /// With all its pages.
     Whole,
@@ -63,10 +64,19 @@ impl Lock {
     /// # Errors
     /// The puppet is gone.
     pub fn lock(self, puppet: &mut Puppet, page: TargetAddr) -> Result<(), PuppetError> {
+        self.lock_range(puppet, &one_page(page))
+    }
+
+    /// Locks `range` so. A target without the right to lock so much keeps it unlocked.
+    ///
+    /// # Errors
+    /// The puppet is gone.
+    pub fn lock_range(self, puppet: &mut Puppet, range: &Range<TargetAddr>) -> Result<(), PuppetError> {
         let flags = if self == Self::OnFault { u64::from(libc::MLOCK_ONFAULT) } else { 0 };
-        match puppet.syscall("mlock2", libc::SYS_mlock2, [page.0, PAGE_SIZE, flags, 0, 0, 0]) {
+        let length = range.end.0.saturating_sub(range.start.0);
+        match puppet.syscall("mlock2", libc::SYS_mlock2, [range.start.0, length, flags, 0, 0, 0]) {
             Err(PuppetError::Call { pid, error, .. }) => {
-                tracing::warn!(pid, %error, "a text page could not be locked as it was");
+                tracing::warn!(pid, %error, "text could not be locked as it was");
                 Ok(())
             }
             other => other.map(drop),
@@ -78,8 +88,21 @@ impl Lock {
     /// # Errors
     /// The kernel refuses, or the puppet is gone.
     pub fn unlock(self, puppet: &mut Puppet, page: TargetAddr) -> Result<(), PuppetError> {
-        puppet.syscall("munlock", libc::SYS_munlock, [page.0, PAGE_SIZE, 0, 0, 0, 0]).map(drop)
+        unlock_range(puppet, &one_page(page))
     }
+}
+
+/// Unlocks `range`, whether it was locked or not.
+///
+/// # Errors
+/// The kernel refuses, or the puppet is gone.
+pub fn unlock_range(puppet: &mut Puppet, range: &Range<TargetAddr>) -> Result<(), PuppetError> {
+    let length = range.end.0.saturating_sub(range.start.0);
+    puppet.syscall("munlock", libc::SYS_munlock, [range.start.0, length, 0, 0, 0, 0]).map(drop)
+}
+
+fn one_page(page: TargetAddr) -> Range<TargetAddr> {
+    page..page.offset(PAGE_SIZE as i64)
 }
 
 #[cfg(test)]

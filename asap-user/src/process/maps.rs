@@ -26,6 +26,9 @@ pub struct Mapping {
     /// Path or pseudo name (`[heap]`, `[vdso]`, `/memfd:x (deleted)`); empty for anonymous memory. As the kernel prints it:
     /// in the target's mount namespace, newlines as `\012`.
     pub name: String,
+    /// Where the kernel lists the file that stands behind it: `range`, but for a text whose file is mapped elsewhere while the
+    /// process is in the sandbox.
+    pub listed: Range<TargetAddr>,
 }
 
 impl Mapping {
@@ -63,7 +66,7 @@ impl Mapping {
     /// that lives.
     #[must_use]
     pub fn map_file(&self, tid: i32) -> String {
-        format!("/proc/{tid}/map_files/{:x}-{:x}", self.range.start.0, self.range.end.0)
+        format!("/proc/{tid}/map_files/{:x}-{:x}", self.listed.start.0, self.listed.end.0)
     }
 
     fn parse(line: &str) -> Option<Self> {
@@ -83,6 +86,7 @@ impl Mapping {
         let &[r, w, x, s] = flags else { return None };
         let range = TargetAddr(u64::from_str_radix(start, 16).ok()?)..TargetAddr(u64::from_str_radix(end, 16).ok()?);
         (range.start <= range.end).then(|| Self {
+            listed: range.clone(),
             range,
             readable: r == b'r',
             writable: w == b'w',

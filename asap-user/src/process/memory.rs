@@ -6,6 +6,7 @@ use super::info::living_thread;
 use crate::address::TargetAddr;
 use std::{
     fs, io,
+    ops::Range,
     os::unix::fs::FileExt,
     sync::{Mutex, PoisonError},
 };
@@ -17,6 +18,8 @@ pub struct Memory {
     pid: i32,
     /// The same memory by way of a thread that we trace.
     traced: Mutex<Option<fs::File>>,
+    /// What is read elsewhere, by address, and how far from there.
+    elsewhere: Mutex<Vec<(Range<TargetAddr>, i64)>>,
 }
 
 fn open(tid: i32) -> io::Result<fs::File> {
@@ -29,7 +32,12 @@ impl Memory {
     /// # Errors
     /// The process is gone or may not be traced.
     pub fn open(pid: i32) -> io::Result<Self> {
-        Ok(Self { file: open(living_thread(pid).unwrap_or(pid))?, pid, traced: Mutex::new(None) })
+        Ok(Self {
+            file: open(living_thread(pid).unwrap_or(pid))?,
+            pid,
+            traced: Mutex::default(),
+            elsewhere: Mutex::default(),
+        })
     }
 
     /// From now on writes that the kernel grants to tracers only are made by way of `tid`, which the calling thread traces and
@@ -46,11 +54,40 @@ impl Memory {
         self.pid
     }
 
+    /// From now on reads in these ranges (sorted, disjoint) are made so many bytes further on: where the text of a file lies while
+    /// something else has its place. Reading that would fail, or give other code.
+    pub fn read_elsewhere(&self, ranges: Vec<(Range<TargetAddr>, i64)>) {
+        *self.elsewhere.lock().unwrap_or_else(PoisonError::into_inner) = ranges;
+    }
+
     /// Fills `buffer` from `address`.
     ///
     /// # Errors
     /// Part of it is not mapped (EIO), or the address space is gone (unexpected end of file).
     pub fn read(&self, address: TargetAddr, buffer: &mut [u8]) -> io::Result<()> {
+        let elsewhere = self.elsewhere.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut at, mut rest) = (address, buffer);
+        while !rest.is_empty() {
+            let next = elsewhere.partition_point(|(range, _)| range.end <= at);
+            let end = TargetAddr(at.0.saturating_add(rest.len() as u64));
+            let (length, delta) = match elsewhere.get(next) {
+                Some((range, delta)) if range.start <= at => (range.end.min(end).0 - at.0, *delta),
+                Some((range, _)) => (range.start.min(end).0 - at.0, 0),
+                None => (rest.len() as u64, 0),
+            };
+            let (part, tail) = rest.split_at_mut((length as usize).clamp(1, rest.len()));
+            self.file.read_exact_at(part, at.offset(delta).0)?;
+            at = at.offset(part.len() as i64);
+            rest = tail;
+        }
+        Ok(())
+    }
+
+    /// As [`Self::read`], and really from there.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn read_in_place(&self, address: TargetAddr, buffer: &mut [u8]) -> io::Result<()> {
         self.file.read_exact_at(buffer, address.0)
     }
 
@@ -111,6 +148,24 @@ impl Memory {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_lies_elsewhere_is_read_there() {
+        let memory = Memory::open(std::process::id() as i32).expect("own memory");
+        let bytes: Vec<u8> = (0..200).collect();
+        let at = |index: i64| TargetAddr(bytes.as_ptr() as u64).offset(index);
+        memory.read_elsewhere(vec![(at(10)..at(20), 100), (at(20)..at(22), -20), (at(50)..at(60), 1)]);
+        let read = |index: i64, length: usize| memory.bytes(at(index), length).expect("mapped");
+        assert_eq!(read(8, 4), [8, 9, 110, 111]);
+        assert_eq!(read(19, 5), [119, 0, 1, 22, 23]);
+        assert_eq!(read(12, 2), [112, 113]);
+        assert_eq!(read(60, 2), [60, 61]);
+        let mut two = [0; 2];
+        memory.read_in_place(at(12), &mut two).expect("mapped");
+        assert_eq!(two, [12, 13]);
+        memory.read_elsewhere(Vec::new());
+        assert_eq!(read(12, 2), [12, 13]);
+    }
 
     #[test]
     fn own_memory_reads_and_writes() {

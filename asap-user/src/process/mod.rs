@@ -1,6 +1,7 @@
 //! The target as Linux shows it: mappings, memory, threads under ptrace, and the two ways to make it do something for
 //! us: crash-safe injection into one thread, and the puppet. Not for deciding what to patch or when.
 
+pub mod curtain;
 pub mod gate;
 mod held;
 pub mod info;
@@ -12,3 +13,4 @@ pub mod pages;
 pub mod ptrace;
 pub mod puppet;
 mod sigframe;
+mod userfault;
