@@ -1,6 +1,6 @@
 //! Repairs running programs: replaces functions of a live x86-64 Linux process with repaired ones.
 //!
-//! Modules depend downwards in this order only: `cli` on `agent` on `engine` on `quiesce` on `patch`, `image`, `process`,
+//! Modules depend downwards in this order only: `cli` on `agent` on `engine` on `sandbox`, `quiesce` on `patch`, `image`, `process`,
 //! `kernel`. `image`, `patch` and `dbt` are pure: bytes in, plain data out.
 
 pub mod address;
@@ -20,4 +20,5 @@ pub mod quiesce;
 #[cfg(test)]
 mod random;
 pub mod report;
+pub mod sandbox;
 pub mod watchdog;

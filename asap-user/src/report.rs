@@ -21,8 +21,31 @@ pub enum Request {
     Status(StatusRequest),
     /// Which patches are in.
     List(StatusRequest),
+    /// Run a target in the sandbox, or natively again, or tell how it runs.
+    Sandbox(SandboxRequest),
     /// End the agent; targets stay as they are.
     Shutdown,
+}
+
+/// `asap sandbox`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SandboxRequest {
+    /// The target; none: the only one there is. To enter, it need not be attached yet.
+    pub pid: Option<i32>,
+    /// What to do.
+    pub action: SandboxAction,
+}
+
+/// What to do about the sandbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SandboxAction {
+    /// Go in.
+    Enter,
+    /// Come out.
+    Leave,
+    /// Tell.
+    Status,
 }
 
 /// `asap attach`.
@@ -143,6 +166,8 @@ pub enum Reply {
     Detached(DetachReport),
     /// Answer to `Status` and `List`.
     Status(StatusReport),
+    /// Answer to `Sandbox`.
+    Sandbox(SandboxReport),
     /// Answer to `Shutdown`.
     Bye,
     /// Refused or failed.
@@ -279,6 +304,38 @@ pub struct DetachReport {
     pub clean: Option<bool>,
 }
 
+/// How a target runs, after `asap sandbox`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SandboxReport {
+    /// The target.
+    pub pid: i32,
+    /// Its processes.
+    pub processes: Vec<SandboxProcess>,
+    /// From request to end, microseconds.
+    pub total_us: u64,
+    /// What the user should know.
+    pub notes: Vec<String>,
+}
+
+/// How one process runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SandboxProcess {
+    /// Process id.
+    pub pid: i32,
+    /// It is in the sandbox.
+    pub inside: bool,
+    /// Since when, seconds since the epoch; a forked child tells its parent's time.
+    pub since: Option<u64>,
+    /// Text mappings in the sandbox.
+    pub texts: usize,
+    /// Their pages.
+    pub pages: u64,
+    /// How often a thread waited for a page, since this agent cares for it.
+    pub traps: u64,
+    /// Code that runs natively.
+    pub native: Vec<crate::sandbox::NativeCode>,
+}
+
 /// `status` and `list`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct StatusReport {
@@ -408,6 +465,12 @@ pub trait Operations {
     fn revert(&mut self, request: &RevertRequest, progress: &mut dyn FnMut(Progress)) -> Result<PatchReport, Failure>;
     /// Leaves a target.
     fn detach(&mut self, request: &DetachRequest, progress: &mut dyn FnMut(Progress)) -> Result<DetachReport, Failure>;
+    /// Into the sandbox, out of it, or how it stands.
+    fn sandbox(
+        &mut self,
+        request: &SandboxRequest,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<SandboxReport, Failure>;
     /// Tells what is attached.
     fn status(&mut self, request: &StatusRequest) -> Result<StatusReport, Failure>;
     /// Tells what was attached when it last looked, without looking.

@@ -7,7 +7,7 @@
 use super::journal::Journal;
 use crate::{
     hex::hex,
-    report::{Failure, Fate, News, PatchFile, Reply, Request},
+    report::{Failure, Fate, News, PatchFile, Reply, Request, SandboxAction, SandboxRequest},
 };
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -70,7 +70,7 @@ pub struct Record {
     pub uid: u32,
     /// The client's process; of events the agent's.
     pub pid: i32,
-    /// attach, patch, check, revert, detach, stop; of events: exit, exec.
+    /// attach, patch, check, revert, detach, sandbox enter, sandbox leave, stop; of events: exit, exec.
     pub command: String,
     /// Process asked about, or the first one that was worked at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -198,6 +198,11 @@ impl AuditLog {
                 record.target = request.pid;
                 if request.revert { "detach --revert" } else { "detach" }
             }
+            Request::Sandbox(SandboxRequest { action: SandboxAction::Status, .. }) => return None,
+            Request::Sandbox(request) => {
+                record.target = request.pid;
+                sandbox_command(request.action)
+            }
             Request::Shutdown => "stop",
             Request::Status(_) | Request::List(_) => return None,
         };
@@ -249,6 +254,15 @@ impl AuditLog {
     }
 }
 
+/// The words for a command of the sandbox.
+pub(super) fn sandbox_command(action: SandboxAction) -> &'static str {
+    match action {
+        SandboxAction::Enter => "sandbox enter",
+        SandboxAction::Leave => "sandbox leave",
+        SandboxAction::Status => "sandbox status",
+    }
+}
+
 impl Record {
     /// The record that tells what came of this intent.
     #[must_use]
@@ -272,6 +286,7 @@ impl Record {
                 self.result = kind.and_then(|kind| kind.as_str().map(str::to_owned));
                 self.message = Some(message.chars().take(4 * NAME_LIMIT).collect());
             }
+            Reply::Sandbox(report) => self.target = Some(report.pid),
             Reply::Status(_) | Reply::Bye | Reply::Progress(_) => {}
         }
         self

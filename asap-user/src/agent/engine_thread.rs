@@ -256,6 +256,7 @@ fn perform(operations: &mut dyn Operations, request: &Request, tell: &mut dyn Fn
         Request::Patch(request) => operations.patch(request, tell).map(Reply::Patched),
         Request::Revert(request) => operations.revert(request, tell).map(Reply::Reverted),
         Request::Detach(request) => operations.detach(request, tell).map(Reply::Detached),
+        Request::Sandbox(request) => operations.sandbox(request, tell).map(Reply::Sandbox),
         Request::Status(request) | Request::List(request) => operations.status(request).map(Reply::Status),
         // The session stops the agent once this is answered.
         Request::Shutdown => Ok(Reply::Bye),
@@ -273,6 +274,7 @@ fn describe(request: &Request) -> String {
         Request::Patch(request) => of(if request.dry_run { "check" } else { "patch" }, request.pid),
         Request::Revert(request) => of("revert", request.pid),
         Request::Detach(request) => of("detach", request.pid),
+        Request::Sandbox(request) => of(super::audit::sandbox_command(request.action), request.pid),
         Request::Status(request) | Request::List(request) => of("status", request.pid),
         Request::Shutdown => "stop".to_owned(),
     }

@@ -4,7 +4,7 @@ use super::{AgentError, AgentOptions, audit, protocol, run, socket};
 use crate::report::{
     AttachReport, AttachRequest, Consistency, DetachReport, DetachRequest, Failure, FailureKind, InstalledPatch,
     Mechanism, News, Operations, PatchFile, PatchId, PatchReport, PatchRequest, Progress, Reply, Request,
-    RevertRequest, StatusReport, StatusRequest, TargetReport,
+    RevertRequest, SandboxReport, SandboxRequest, StatusReport, StatusRequest, TargetReport,
 };
 use std::{
     io::{BufRead, BufReader, Read, Write},
@@ -91,6 +91,10 @@ impl Operations for Straw {
     }
     fn news(&mut self) -> Vec<News> {
         Vec::new()
+    }
+    fn sandbox(&mut self, request: &SandboxRequest, _: &mut dyn FnMut(Progress)) -> Result<SandboxReport, Failure> {
+        let pid = request.pid.unwrap_or_default();
+        Ok(SandboxReport { pid, processes: Vec::new(), total_us: 0, notes: Vec::new() })
     }
 }
 

@@ -20,6 +20,7 @@ mod patch;
 mod progress;
 mod report;
 mod revert;
+mod sandbox;
 mod status;
 mod stop;
 mod text;
@@ -77,6 +78,7 @@ enum Command {
     List(list::List),
     Revert(revert::Revert),
     Detach(detach::Detach),
+    Sandbox(sandbox::Sandbox),
     Doctor(doctor::Doctor),
     Inspect(inspect::Inspect),
     Log(log::Log),
@@ -97,6 +99,7 @@ impl Command {
             Self::List(command) => command.run(global),
             Self::Revert(command) => command.run(global),
             Self::Detach(command) => command.run(global),
+            Self::Sandbox(command) => command.run(global),
             Self::Doctor(command) => command.run(global),
             Self::Inspect(command) => command.run(global),
             Self::Log(command) => command.run(global),

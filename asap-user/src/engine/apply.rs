@@ -170,6 +170,7 @@ impl Work<'_> {
         process: &TargetProcess,
         images: &mut ImageCache,
     ) -> Result<(Vec<Module>, Vec<PlannedFunction>), Failure> {
+        super::sandbox::look_behind(process)?;
         let mut modules = images.modules(process.pid, &process.maps()?, &process.memory, |at| process.is_ours(at));
         let home = match self.wanted.manifest {
             Some(manifest) => {

@@ -5,6 +5,7 @@ use super::{
     call_stack, hooks,
     ledger::{AppliedPatch, ChangedPage, Pending, Span},
     process::{TargetProcess, explain, gone},
+    sandbox,
     text::{self, Jumps},
     unloaded,
 };
@@ -188,6 +189,7 @@ impl Exchange {
     /// The target may have unloaded the module meanwhile, and may have put something else there (dlclose(3)): then nothing of ours
     /// belongs there. By their bytes, since this comes right before the pages are moved.
     fn check_in_place(&self, process: &TargetProcess) -> Result<(), Failure> {
+        sandbox::look_behind(process)?;
         let is_there =
             |change: &PageChange| pages::content(&process.memory, change.page).is_ok_and(|now| now == change.before);
         match self.changes.iter().find(|change| !is_there(change)) {
@@ -440,8 +442,10 @@ fn prepare_page(
 ) -> Result<PageChange, Failure> {
     let pid = process.pid;
     let known = process.book.ledger.pages.iter().find(|known| known.page == page).copied();
+    sandbox::look_behind(process)?;
     let now = pages::content(&process.memory, page).map_err(|error| gone(pid, error))?;
-    let lock = lock_of(pid, page);
+    // Code in the sandbox is not locked; it will be when it has left.
+    let lock = if process.book.ledger.sandbox.is_some() { None } else { lock_of(pid, page) };
     let (spare, clean) = match known {
         Some(known) => {
             let clean = pages::content(&process.memory, known.spare).map_err(|error| gone(pid, error))?;
@@ -449,7 +453,8 @@ fn prepare_page(
         }
         None => {
             // The caller has compared the page with its file: it is clean, and nothing is lost by mapping it anew.
-            let spare = second_mapping(&mut process.puppet, page, lock).map_err(|error| explain(pid, error))?;
+            let file = process.file_page(page)?;
+            let spare = second_mapping(&mut process.puppet, file, lock).map_err(|error| explain(pid, error))?;
             crate::fault::point("exchange.spare-made");
             record(process, |ledger| ledger.pages.push(ChangedPage { page, spare }))?;
             (spare, now.clone())
@@ -521,6 +526,7 @@ pub fn recover(process: &mut TargetProcess) -> Result<(), Failure> {
         hooks::settle_registration(process)?;
     }
     remove_remains(process)?;
+    sandbox::look_behind(process)?;
     unloaded::forget(process)?;
     let Some(pending) = process.book.ledger.pending.clone() else { return Ok(()) };
     let pid = process.pid;

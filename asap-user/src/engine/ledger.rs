@@ -22,8 +22,8 @@ const SLOT_HEADER: usize = 24;
 /// Where the mark of a home lies, in bytes from its start.
 const MARK_AT: i64 = 16;
 const MARK: &[u8; 8] = b"asaphome";
-/// Changes when an older agent could misread what a newer one wrote.
-const FORMAT: u32 = 1;
+/// Changes when an older agent could misread what a newer one wrote. 2: the sandbox.
+const FORMAT: u32 = 2;
 
 /// A half-open range of addresses in the target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -221,6 +221,9 @@ pub struct Ledger {
     /// A stack for calls of functions of the target, which is mapped, or about to be.
     #[serde(default)]
     pub call_stack: Option<Span>,
+    /// The process is in the sandbox, on its way in, or on its way out.
+    #[serde(default)]
+    pub sandbox: Option<crate::sandbox::Record>,
 }
 
 /// Why a ledger can't be used.
@@ -341,6 +344,7 @@ impl LedgerBook {
     /// The target is gone, or there is no room.
     pub fn update(&mut self, memory: &Memory, change: impl FnOnce(&mut Ledger)) -> Result<(), LedgerError> {
         let before = self.ledger.clone();
+        self.ledger.format = FORMAT;
         change(&mut self.ledger);
         let written = self.write(memory);
         if written.is_err() {

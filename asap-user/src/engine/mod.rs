@@ -13,6 +13,7 @@ mod process;
 mod refuse;
 mod resolve;
 mod revert;
+mod sandbox;
 mod settle;
 mod stage;
 mod target;
@@ -28,7 +29,8 @@ use crate::{
     process::ptrace::release_latecomers,
     report::{
         AttachReport, AttachRequest, DetachReport, DetachRequest, Failure, InstalledPatch, Mechanism, News, Operations,
-        PatchId, PatchReport, PatchRequest, Progress, RevertRequest, StatusReport, StatusRequest, TargetState,
+        PatchId, PatchReport, PatchRequest, Progress, RevertRequest, SandboxReport, SandboxRequest, StatusReport,
+        StatusRequest, TargetState,
     },
 };
 use modules::ImageCache;
@@ -309,8 +311,8 @@ impl Operations for Engine {
                 reverted.push(report.patch);
             }
         }
-        // Children that were forked a moment ago carry a home of ours as well.
-        target.discover(&self.observers)?;
+        // Children that were forked a moment ago carry a home of ours as well. Without an agent there is no sandbox.
+        sandbox::leave_all(target, &self.observers)?;
         let remaining = target.patches();
         let clean = target.leave_all();
         self.targets.remove(&pid);
@@ -331,6 +333,17 @@ impl Operations for Engine {
         StatusReport { targets: self.targets.values().map(Target::report).collect(), ..nothing_known() }
     }
 
+    fn sandbox(
+        &mut self,
+        request: &SandboxRequest,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<SandboxReport, Failure> {
+        let report = self.sandbox_request(request, progress);
+        self.watch.was_disturbed();
+        self.images.clear();
+        report
+    }
+
     fn housekeeping(&mut self) -> Option<Duration> {
         self.watch.hear(&self.targets);
         self.bury_dead();
@@ -340,9 +353,10 @@ impl Operations for Engine {
             self.watch.discovered(&self.targets);
             self.watch.follow(&self.targets, &self.observers);
         }
+        let sandboxed = self.targets.values_mut().filter_map(sandbox::look_after).min();
         // Nobody else would let them go: they would stay stopped.
         let latecomers = (release_latecomers() > 0).then_some(LATECOMERS);
-        self.watch.next_look(&self.targets).into_iter().chain(latecomers).min()
+        self.watch.next_look(&self.targets).into_iter().chain(latecomers).chain(sandboxed).min()
     }
 
     fn alarms(&self) -> Vec<BorrowedFd<'_>> {

@@ -17,6 +17,7 @@ use crate::{
         puppet::{self, Puppet, PuppetError},
     },
     report::{Failure, Fate, PatchId, ProcessReport},
+    sandbox,
 };
 use std::{
     collections::BTreeMap,
@@ -47,6 +48,8 @@ pub struct TargetProcess {
     pub gates: Result<Gatekeeper, String>,
     /// What is applied.
     pub book: LedgerBook,
+    /// It is in the sandbox.
+    pub sandbox: Option<sandbox::Session>,
     /// An earlier agent was here.
     pub adopted: bool,
     /// Longest stop of a thread that taking it into care took.
@@ -100,8 +103,14 @@ impl TargetProcess {
         // They may be changing what is mapped.
         let dead_helpers = puppet::await_orphans(pid, children, ORPHAN_LIMIT);
         let maps = Maps::of(pid).map_err(failed)?;
-        let gadgets = Gadgets::find(&maps, &memory).map_err(|error| refused(pid, error))?;
         let left = LedgerBook::find_home(&maps, &memory);
+        let found = left.and_then(|home| LedgerBook::open(home, &memory).ok()?.ledger.sandbox);
+        if let Some(record) = &found {
+            memory.read_elsewhere(sandbox::elsewhere(&maps, record));
+        }
+        // What is used must not go when the sandbox is left.
+        let native = found.map_or_else(|| maps.clone(), |record| sandbox::as_native(maps.clone(), &record));
+        let gadgets = Gadgets::find(&native, &memory).map_err(|error| refused(pid, error))?;
         let mappings = left.is_none().then(|| executable_mappings(&maps));
         let (puppet, borrowed, book) = match left {
             Some(home) => Self::adopt(pid, &memory, gadgets, home)?,
@@ -126,6 +135,7 @@ impl TargetProcess {
             puppet,
             gates: Err("not tried".into()),
             book,
+            sandbox: None,
             adopted,
             longest_stop: borrowed.stop,
             baseline: Baseline { mappings, pages: BTreeMap::new() },
@@ -249,12 +259,44 @@ impl TargetProcess {
         !matches!(poll(&mut ended, PollTimeout::ZERO), Ok(0))
     }
 
-    /// Its mappings now.
+    /// Its mappings now; those of a process in the sandbox as if it were not.
     ///
     /// # Errors
     /// It is gone.
     pub fn maps(&self) -> Result<Maps, Failure> {
+        let maps = self.listed_maps()?;
+        Ok(match &self.book.ledger.sandbox {
+            Some(record) => sandbox::as_native(maps, record),
+            None => maps,
+        })
+    }
+
+    /// Its mappings now, as the kernel lists them.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn listed_maps(&self) -> Result<Maps, Failure> {
         Maps::of(self.pid).map_err(|error| gone(self.pid, error))
+    }
+
+    /// Looks again for the instructions that it lends us, after mappings of ours have gone. All its text must be open.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn refresh_gadgets(&mut self) -> Result<(), Failure> {
+        self.gadgets = Gadgets::find(&self.maps()?, &self.memory).map_err(|error| refused(self.pid, error))?;
+        Ok(())
+    }
+
+    /// Where the file's own mapping of a text page is: there, but for a page behind a curtain of the sandbox.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn file_page(&self, page: TargetAddr) -> Result<TargetAddr, Failure> {
+        let text = self.book.ledger.sandbox.as_ref().and_then(|record| record.text_at(page));
+        let Some((text, spare)) = text.and_then(|text| Some((text, text.spare?))) else { return Ok(page) };
+        let is_behind = self.listed_maps()?.at(page).is_some_and(sandbox::is_curtain);
+        Ok(if is_behind { spare.offset(page.wrapping_distance(text.start)) } else { page })
     }
 
     /// Whether `address` lies in one of our copies of text pages.
@@ -275,7 +317,7 @@ impl TargetProcess {
         protections: &[(u64, i32)],
     ) -> Result<TargetAddr, Failure> {
         for _ in 0..8 {
-            let Some(start) = self.maps()?.gap(near, length, REACH) else {
+            let Some(start) = self.listed_maps()?.gap(near, length, REACH) else {
                 return Err(Failure::refused(
                     format!(
                         "process {} has no {} KiB of free address space within 2 GiB of the module at {}",
@@ -356,7 +398,9 @@ impl TargetProcess {
     /// No thread could be borrowed to reap the puppet, which then stays as a zombie until the process ends.
     pub fn leave(mut self) -> Result<Option<bool>, Failure> {
         let pid = self.pid;
-        let keep = !self.book.ledger.patches.is_empty() || !self.book.ledger.pages.is_empty();
+        let ledger = &self.book.ledger;
+        let keep = !ledger.patches.is_empty() || !ledger.pages.is_empty() || ledger.sandbox.is_some();
+        self.sandbox = None;
         self.gates = Err("leaving".into());
         crate::fault::point("leave.begin");
         if !keep {

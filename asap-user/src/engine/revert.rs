@@ -186,6 +186,7 @@ pub fn from_process(
             format!("revert patch {} first", other.id.0),
         ));
     }
+    super::sandbox::look_behind(process)?;
     let modules = images.modules(process.pid, &process.maps()?, &process.memory, |at| process.is_ours(at));
     let mut goal: Vec<AppliedPatch> = patches.into_iter().filter(|other| other.id != id).collect();
     goal.extend(settle::take_back(process)?);

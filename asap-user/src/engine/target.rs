@@ -1,7 +1,7 @@
 //! A target: a process that was attached to, and those of its descendants that run the same executable, also those forked
 //! later. A child of a patched process is born patched, since fork(2) copies its memory; here it is found and taken into care.
 
-use super::{check::Observers, exchange, process::TargetProcess, unloaded};
+use super::{check::Observers, exchange, process::TargetProcess, sandbox, unloaded};
 use crate::{
     process::info::{self, ProcessInfo},
     report::{Failure, Fate, InstalledPatch, News, PatchId, TargetReport},
@@ -31,6 +31,12 @@ pub struct Target {
     pub notes: Vec<String>,
     /// What became of its processes, until somebody asks.
     pub news: Vec<News>,
+}
+
+/// Makes true what the ledger of a process says, whoever wrote it.
+fn recover(process: &mut TargetProcess) -> Result<(), Failure> {
+    sandbox::recover(process)?;
+    exchange::recover(process)
 }
 
 fn executable_of(pid: i32) -> Option<FileId> {
@@ -67,7 +73,7 @@ impl Target {
     }
 
     fn recover_all(&mut self) -> Result<(), Failure> {
-        self.processes.values_mut().try_for_each(exchange::recover)
+        self.processes.values_mut().try_for_each(recover)
     }
 
     /// Notes the build-id of the executable, for reports.
@@ -95,7 +101,7 @@ impl Target {
             for pid in new {
                 match TargetProcess::attach(pid, &observers.children(pid)) {
                     Ok(mut process) => {
-                        exchange::recover(&mut process)?;
+                        recover(&mut process)?;
                         self.processes.insert(pid, process);
                         found.push(pid);
                         attached = true;

@@ -50,6 +50,7 @@ pub fn forget(process: &mut TargetProcess) -> Result<Vec<Unloaded>, Failure> {
     if ledger.pages.is_empty() && ledger.pending.is_none() {
         return Ok(Vec::new());
     }
+    super::sandbox::look_behind(process)?;
     let lost = lost_pages(process, &process.maps()?);
     if lost.is_empty() {
         return Ok(Vec::new());

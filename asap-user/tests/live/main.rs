@@ -24,6 +24,8 @@ mod patch_files;
 mod patch_languages;
 mod patch_references;
 mod replaced_executable;
+mod sandbox;
+mod sandbox_servers;
 mod support;
 mod target_changes_midway;
 mod unloaded_modules;
