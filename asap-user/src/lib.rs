@@ -21,4 +21,5 @@ pub mod quiesce;
 mod random;
 pub mod report;
 pub mod sandbox;
+pub mod signature;
 pub mod watchdog;

@@ -55,6 +55,9 @@ pub struct AttachRequest {
     pub pid: i32,
     /// That process alone, without its descendants.
     pub only: bool,
+    /// From now on the agent accepts signed patches only, until it ends.
+    #[serde(default)]
+    pub require_signature: bool,
 }
 
 /// `asap patch`.
@@ -88,6 +91,9 @@ pub struct PatchFile {
     /// The file's bytes.
     #[serde(with = "base64_bytes")]
     pub bytes: Vec<u8>,
+    /// The text of its detached signature, where it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signature: Option<String>,
 }
 
 /// `asap revert`.

@@ -32,6 +32,7 @@ impl Place {
     fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_asap"));
         command.args(arguments).env("ASAP_SOCKET", self.socket()).env("ASAP_JOURNAL", "");
+        command.env("ASAP_KEYS", self.dir.path().join("keys"));
         command.env("ASAP_LOG", self.dir.path().join("log/audit.jsonl")).stdin(Stdio::null());
         command
     }

@@ -291,12 +291,12 @@ fn cycles(folder: &Path) -> Result<(String, Value)> {
     let bytes = fs::read(fix)?;
     let mut engine = Engine::new();
     let mut quiet = |_| ();
-    engine.attach(&AttachRequest { pid, only: true }, &mut quiet)?;
+    engine.attach(&AttachRequest { pid, only: true, require_signature: false }, &mut quiet)?;
     let patch = PatchRequest {
         pid: None,
         functions: vec!["victim".into()],
         address: None,
-        files: vec![PatchFile { name: "victim.o".into(), bytes }],
+        files: vec![PatchFile { name: "victim.o".into(), bytes, signature: None }],
         name: None,
         dry_run: false,
         timeout_ms: 30_000,

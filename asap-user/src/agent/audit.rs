@@ -84,6 +84,9 @@ pub struct Record {
     /// The files that were sent.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub files: Vec<FileDigest>,
+    /// The key that signed the patch, of those that the agent trusts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signed_by: Option<String>,
     /// The functions: asked for in the intent, replaced in the result.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub functions: Vec<String>,
@@ -246,6 +249,7 @@ impl AuditLog {
             patch: None,
             sha256: None,
             files: Vec::new(),
+            signed_by: None,
             functions: Vec::new(),
             result: None,
             message: None,
@@ -352,7 +356,7 @@ mod tests {
             pid: Some(5),
             functions: vec!["f".to_owned()],
             address: None,
-            files: vec![PatchFile { name: "fix.o".to_owned(), bytes: b"abc".to_vec() }],
+            files: vec![PatchFile { name: "fix.o".to_owned(), bytes: b"abc".to_vec(), signature: None }],
             name: Some(name.to_owned()),
             dry_run: false,
             timeout_ms: 1,
@@ -385,8 +389,9 @@ mod tests {
     fn only_changing_requests_are_logged_and_each_has_its_number() {
         let (_dir, _path, mut log) = log();
         assert!(log.intent(CLIENT, &Request::Status(StatusRequest::default())).is_none());
-        let numbers = [Request::Attach(AttachRequest { pid: 5, only: false }), Request::Shutdown]
-            .map(|request| log.intent(CLIENT, &request).expect("changes something").number);
+        let numbers =
+            [Request::Attach(AttachRequest { pid: 5, only: false, require_signature: false }), Request::Shutdown]
+                .map(|request| log.intent(CLIENT, &request).expect("changes something").number);
         assert_eq!(numbers, [1, 2]);
     }
 

@@ -5,6 +5,7 @@ use super::{
     OperationsFactory,
     audit::{AuditLog, Client, Record},
     bell::{Bell, Waited},
+    trust::Trust,
     watchdog::Watchdog,
 };
 use crate::{
@@ -105,6 +106,7 @@ pub(super) fn start(
     factory: OperationsFactory,
     watchdog: Watchdog,
     audit: AuditLog,
+    trust: Trust,
 ) -> io::Result<(EngineQueue, EngineEvents)> {
     let (jobs, queue) = mpsc::channel();
     let (attached_sender, attached) = watch::channel(false);
@@ -124,6 +126,7 @@ pub(super) fn start(
                 operations: factory(),
                 _watchdog: watchdog,
                 audit,
+                trust,
                 attached: attached_sender,
                 shared: ours,
                 look_again_at: None,
@@ -152,6 +155,7 @@ struct Worker {
     /// Lives as long as the engine, which opens sections by `watchdog::section`.
     _watchdog: Watchdog,
     audit: AuditLog,
+    trust: Trust,
     attached: watch::Sender<bool>,
     shared: Arc<Shared>,
     look_again_at: Option<Instant>,
@@ -216,10 +220,18 @@ impl Worker {
         let started = Instant::now();
         let mut tell = |step| drop(progress.try_send(step));
         *lock(&self.shared.cancel) = Some(cancel.clone());
+        let mut signed_by = None;
         let outcome = catch_unwind(AssertUnwindSafe(|| match cancel.reason() {
             // While it waited for its turn.
             Some(reason) => Reply::Failed(Failure::cancelled(reason)),
-            None => cancel::during(&cancel, || perform(&mut *self.operations, &request, &mut tell)),
+            None => match self.trust.admit(&request) {
+                Ok(admitted) => {
+                    let answer = cancel::during(&cancel, || perform(&mut *self.operations, &request, &mut tell));
+                    signed_by = admitted.signer.clone();
+                    admitted.tell(answer)
+                }
+                Err(failure) => Reply::Failed(failure),
+            },
         }));
         *lock(&self.shared.cancel) = None;
         let (answer, end) = match outcome {
@@ -231,7 +243,7 @@ impl Worker {
         };
         self.note(None);
         if let Some(intent) = intent {
-            self.append(&intent.result(&answer, started.elapsed()));
+            self.append(&Record { signed_by, ..intent.result(&answer, started.elapsed()) });
         }
         let _ = reply.send(answer);
         // After a panic the engine's picture of the targets can't be trusted; a new agent reads it from the targets.

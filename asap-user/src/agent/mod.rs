@@ -18,6 +18,7 @@ mod session;
 pub mod socket;
 #[cfg(test)]
 mod tests;
+mod trust;
 
 pub use error::AgentError;
 pub use server::run;
@@ -31,6 +32,8 @@ use std::{path::PathBuf, time::Duration};
 pub const DEFAULT_SOCKET: &str = "/run/asap/agent.sock";
 /// Where the audit log is unless told otherwise.
 pub const DEFAULT_LOG: &str = "/var/log/asap/audit.jsonl";
+/// Where the trusted keys are unless told otherwise.
+pub const DEFAULT_KEYS: &str = "/etc/asap/keys";
 /// How long a background agent stays without a target unless told otherwise.
 pub const DEFAULT_IDLE_EXIT: Duration = Duration::from_secs(10);
 
@@ -46,6 +49,10 @@ pub struct AgentOptions {
     pub log: PathBuf,
     /// The journal's socket, for a copy of the audit log; none: no copy.
     pub journal: Option<PathBuf>,
+    /// Folder of the public keys whose signatures are trusted.
+    pub keys: PathBuf,
+    /// Accept signed patches only.
+    pub require_signature: bool,
     /// End after so long without a target and without a client; none: stay.
     pub idle_exit: Option<Duration>,
 }

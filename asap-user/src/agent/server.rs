@@ -8,6 +8,7 @@ use super::{
     journal::Journal,
     session::{self, Hall},
     socket,
+    trust::Trust,
     watchdog::Watchdog,
 };
 use nix::sys::socket::{SockFlag, accept4};
@@ -42,6 +43,7 @@ const FLUSH: Duration = Duration::from_secs(1);
 pub fn run(options: &AgentOptions, factory: OperationsFactory, ready: impl FnOnce()) -> Result<(), AgentError> {
     socket::prepare_directory(&options.socket)?;
     let audit = AuditLog::open(&options.log)?.with_journal(options.journal.as_deref().map(Journal::at));
+    let trust = Trust { folder: options.keys.clone(), required: options.require_signature };
     let lock = socket::take_lock(&options.socket)?;
     let watchdog = Watchdog::start().map_err(AgentError::Watchdog)?;
     let listener = socket::listen(&options.socket, &lock)?;
@@ -50,7 +52,7 @@ pub fn run(options: &AgentOptions, factory: OperationsFactory, ready: impl FnOnc
         // Before the engine thread starts, so that the signals are never without a handler.
         let signals = Signals::new()?;
         let listener = UnixListener::from_std(listener).map_err(AgentError::Setup)?;
-        let (engine, events) = engine_thread::start(factory, watchdog, audit).map_err(AgentError::Setup)?;
+        let (engine, events) = engine_thread::start(factory, watchdog, audit, trust).map_err(AgentError::Setup)?;
         tracing::info!(socket = %options.socket.display(), "ready");
         ready();
         serve(options, listener, engine, events, signals).await

@@ -110,6 +110,8 @@ fn start(idle_exit: Option<Duration>) -> Agent {
         socket: dir.path().join("run/agent.sock"),
         log: dir.path().join("log/audit.jsonl"),
         journal: None,
+        keys: dir.path().join("keys"),
+        require_signature: false,
         idle_exit,
     };
     let theirs = options.clone();
@@ -166,7 +168,7 @@ fn patch(name: &str, size: usize) -> Request {
         pid: None,
         functions: Vec::new(),
         address: None,
-        files: vec![PatchFile { name: "fix.o".to_owned(), bytes: vec![7; size] }],
+        files: vec![PatchFile { name: "fix.o".to_owned(), bytes: vec![7; size], signature: None }],
         name: Some(name.to_owned()),
         dry_run: false,
         timeout_ms: 0,
@@ -180,7 +182,7 @@ fn status() -> Request {
 }
 
 fn attach(pid: i32) -> Request {
-    Request::Attach(AttachRequest { pid, only: false })
+    Request::Attach(AttachRequest { pid, only: false, require_signature: false })
 }
 
 #[test]

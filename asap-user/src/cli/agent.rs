@@ -2,6 +2,7 @@
 
 use super::{
     context::{Global, require_root},
+    signing::TrustOptions,
     values,
 };
 use crate::{
@@ -36,6 +37,8 @@ pub struct Agent {
     /// Socket of the system's journal, which gets a copy of the audit log where there is one; empty: no copy.
     #[arg(long, value_name = "PATH", env = "ASAP_JOURNAL", default_value = DEFAULT_JOURNAL)]
     journal: String,
+    #[command(flatten)]
+    trust: TrustOptions,
     /// Say more of what is done (twice: everything).
     #[arg(long, short, action = clap::ArgAction::Count)]
     verbose: u8,
@@ -45,7 +48,8 @@ impl Agent {
     pub fn run(self, global: &Global, factory: OperationsFactory) -> Result<(), Failure> {
         require_root("agent")?;
         let default = self.background.then_some(DEFAULT_IDLE_EXIT);
-        let mut options = global.agent_options(self.idle_exit.or(default).filter(|limit| !limit.is_zero()));
+        let options = global.agent_options(self.idle_exit.or(default).filter(|limit| !limit.is_zero()));
+        let mut options = self.trust.bind(options);
         options.journal = (!self.journal.is_empty()).then(|| self.journal.into());
         let mut herald = None;
         if self.background {

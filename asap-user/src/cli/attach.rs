@@ -3,7 +3,9 @@
 use super::{
     client::{ask_or_start, unexpected},
     context::{Global, require_root},
-    report, values,
+    report,
+    signing::TrustOptions,
+    values,
 };
 use crate::{
     agent::DEFAULT_IDLE_EXIT,
@@ -19,7 +21,8 @@ use std::time::Duration;
 #[command(after_help = "\
 Examples:
   asap attach --pid 1234
-  asap attach --pid $(pidof -s nginx) --only")]
+  asap attach --pid $(pidof -s nginx) --only
+  asap attach --pid 1234 --require-signature")]
 pub struct Attach {
     /// The process.
     #[arg(long, short, value_name = "N", value_parser = clap::value_parser!(i32).range(1..))]
@@ -30,14 +33,20 @@ pub struct Attach {
     /// If an agent must be started: it ends after so long without a target; 0: never.
     #[arg(long, value_name = "TIME", value_parser = values::duration)]
     idle_exit: Option<Duration>,
+    #[command(flatten)]
+    trust: TrustOptions,
 }
 
 impl Attach {
     pub fn run(self, global: &Global) -> Result<(), Failure> {
         require_root("attach")?;
         let idle_exit = Some(self.idle_exit.unwrap_or(DEFAULT_IDLE_EXIT)).filter(|limit| !limit.is_zero());
-        let request = Request::Attach(AttachRequest { pid: self.pid, only: self.only });
-        let reply = ask_or_start(&global.agent_options(idle_exit), &request)?;
+        let request = Request::Attach(AttachRequest {
+            pid: self.pid,
+            only: self.only,
+            require_signature: self.trust.require_signature,
+        });
+        let reply = ask_or_start(&self.trust.bind(global.agent_options(idle_exit)), &request)?;
         let Reply::Attached(report) = &reply else { return Err(unexpected(&reply)) };
         global.show(&reply, || attached(report))
     }

@@ -36,7 +36,14 @@ impl Global {
     pub fn agent_options(&self, idle_exit: Option<Duration>) -> AgentOptions {
         // A background agent changes its directory, and other commands may be run from elsewhere.
         let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
-        AgentOptions { socket: absolute(&self.socket), log: absolute(&self.log), journal: None, idle_exit }
+        AgentOptions {
+            socket: absolute(&self.socket),
+            log: absolute(&self.log),
+            journal: None,
+            keys: agent::DEFAULT_KEYS.into(),
+            require_signature: false,
+            idle_exit,
+        }
     }
 
     /// Shows a result.

@@ -1,19 +1,42 @@
 //! Reads the files of a patch, within limits: what could never be one is refused without being read.
 
-use super::context::shown;
+use super::{context::shown, signing};
 use crate::{
     agent::protocol::MAX_OBJECTS,
     report::{Failure, PatchFile},
+    signature::SUFFIX,
 };
-use std::{fs::OpenOptions, io::Read, os::unix::fs::OpenOptionsExt, path::PathBuf};
+use std::{
+    fs::OpenOptions,
+    io::Read,
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+};
 
-/// Reads all files.
+/// Reads all files, with the signatures beside them.
 pub fn read(paths: &[PathBuf]) -> Result<Vec<PatchFile>, Failure> {
     let mut left = MAX_OBJECTS as u64;
-    paths.iter().map(|path| read_one(path, &mut left)).collect()
+    paths.iter().map(|path| read_one(path, &mut left).and_then(|file| with_signature(path, file))).collect()
 }
 
-fn read_one(path: &PathBuf, left: &mut u64) -> Result<PatchFile, Failure> {
+/// Reads one file without its signature.
+pub fn read_plain(path: &Path) -> Result<PatchFile, Failure> {
+    read_one(path, &mut (MAX_OBJECTS as u64))
+}
+
+/// Reads one file with the signature beside it, if there is one.
+pub fn read_signed(path: &Path) -> Result<PatchFile, Failure> {
+    read_plain(path).and_then(|file| with_signature(path, file))
+}
+
+/// What can't be read is no missing signature: that would look like a file that nobody has signed.
+fn with_signature(path: &Path, file: PatchFile) -> Result<PatchFile, Failure> {
+    let beside = signing::beside(path, SUFFIX);
+    let signature = if beside.symlink_metadata().is_ok() { Some(signing::read_text(&beside)?) } else { None };
+    Ok(PatchFile { signature, ..file })
+}
+
+fn read_one(path: &Path, left: &mut u64) -> Result<PatchFile, Failure> {
     let refuse =
         |why: String| Failure::refused(format!("{}: {why}", shown(path)), "name the object files of the patch");
     // Not to wait for the other end of a pipe.
@@ -43,7 +66,7 @@ fn read_one(path: &PathBuf, left: &mut u64) -> Result<PatchFile, Failure> {
     let length = read.map_err(|error| refuse(format!("can't be read: {error}")))? as u64;
     *left = left.checked_sub(length).ok_or_else(|| too_large(length))?;
     let name = path.file_name().map_or_else(|| path.to_string_lossy(), |name| name.to_string_lossy());
-    Ok(PatchFile { name: name.into_owned(), bytes })
+    Ok(PatchFile { name: name.into_owned(), bytes, signature: None })
 }
 
 #[cfg(test)]
@@ -63,6 +86,19 @@ mod tests {
         let files = read(&[path.clone(), path]).expect("read");
         assert_eq!(files.len(), 2);
         assert_eq!((files[0].name.as_str(), &files[0].bytes[..]), ("fix.o", &b"abc"[..]));
+    }
+
+    #[test]
+    fn a_signature_beside_a_file_comes_with_it() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let path = dir.path().join("fix.asap");
+        fs::write(&path, "abc").expect("written");
+        assert_eq!(read_signed(&path).expect("read").signature, None);
+        let beside = dir.path().join("fix.asap.sig");
+        fs::write(&beside, "signed").expect("written");
+        assert_eq!(read(std::slice::from_ref(&path)).expect("read")[0].signature.as_deref(), Some("signed"));
+        fs::write(&beside, b"\xff").expect("written");
+        assert!(refusal(path).contains("fix.asap.sig can't be read"));
     }
 
     #[test]

@@ -12,6 +12,7 @@ use crate::{
         manifest::{self, Manifest},
     },
     report::Failure,
+    signature::Signature,
 };
 use serde::Serialize;
 use std::{collections::BTreeMap, path::PathBuf};
@@ -37,6 +38,8 @@ pub struct Inspect {
 struct Contents {
     #[serde(skip_serializing_if = "Option::is_none")]
     manifest: Option<Manifest>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    signatures: Vec<String>,
     functions: Vec<Defined>,
     variables: Vec<Defined>,
     replaces: Vec<Replaces>,
@@ -77,9 +80,19 @@ struct Need {
 
 impl Inspect {
     pub fn run(self, global: &Global) -> Result<(), Failure> {
-        let files: Vec<_> = files::read(&self.files)?.into_iter().map(|file| (file.name, file.bytes)).collect();
+        let files = files::read(&self.files)?;
+        let signatures = files.iter().filter_map(|file| {
+            let signature = Signature::parse(file.signature.as_deref()?);
+            Some(format!(
+                "{}: {}",
+                file.name,
+                signature.map_or_else(|error| error.to_string(), |by| by.key.to_string())
+            ))
+        });
+        let signatures: Vec<_> = signatures.collect();
+        let files: Vec<_> = files.into_iter().map(|file| (file.name, file.bytes)).collect();
         let object = PatchObject::read(&files).map_err(|error| Failure::refused(error.to_string(), String::new()))?;
-        let mut contents = Contents::of(&object);
+        let mut contents = Contents { signatures, ..Contents::of(&object) };
         for (name, bytes) in &files {
             let read =
                 manifest::read(bytes).map_err(|error| Failure::refused(format!("{name}: {error}"), String::new()))?;
@@ -116,6 +129,7 @@ impl Contents {
         let replaces = object.replacements().iter();
         Self {
             manifest: None,
+            signatures: Vec::new(),
             functions: functions
                 .map(|f| Defined { name: demangle(&f.name), bytes: f.size, scope: scope(f.global) })
                 .collect(),
@@ -138,6 +152,8 @@ impl Contents {
 
 fn inspect(contents: &Contents) -> String {
     let mut parts: Vec<String> = contents.manifest.iter().map(described).collect();
+    let signed = |by: &String| format!("signed, not checked here (`asap verify`): {}\n", printable(by));
+    parts.extend(contents.signatures.iter().map(signed));
     parts.push(format!(
         "{}; memory: {} bytes of code, {} of constants, {} of variables\n",
         count(contents.functions.len(), "function", "functions"),

@@ -110,6 +110,7 @@ mod tests {
             patch: Some("fix".to_owned()),
             sha256: None,
             files: Vec::new(),
+            signed_by: None,
             functions: vec!["f".to_owned()],
             result: None,
             message: None,

@@ -13,6 +13,7 @@ mod doctor;
 mod files;
 mod inspect;
 mod interrupt;
+mod keygen;
 mod list;
 mod log;
 mod man;
@@ -21,10 +22,13 @@ mod progress;
 mod report;
 mod revert;
 mod sandbox;
+mod sign;
+mod signing;
 mod status;
 mod stop;
 mod text;
 mod values;
+mod verify;
 
 use crate::{
     agent::OperationsFactory,
@@ -52,6 +56,7 @@ Examples:
 Environment:
   ASAP_SOCKET     as --socket
   ASAP_LOG        as --log
+  ASAP_KEYS       as --keys
   ASAP_LOG_LEVEL  what the agent reports: error, warn, info, debug, trace";
 
 /// Repair running programs: replace functions of a live process with repaired ones.
@@ -82,6 +87,9 @@ enum Command {
     Doctor(doctor::Doctor),
     Inspect(inspect::Inspect),
     Log(log::Log),
+    Keygen(keygen::Keygen),
+    Sign(sign::Sign),
+    Verify(verify::Verify),
     Agent(agent::Agent),
     Stop(stop::Stop),
     Completions(completions::Completions),
@@ -103,6 +111,9 @@ impl Command {
             Self::Doctor(command) => command.run(global),
             Self::Inspect(command) => command.run(global),
             Self::Log(command) => command.run(global),
+            Self::Keygen(command) => command.run(global),
+            Self::Sign(command) => command.run(global),
+            Self::Verify(command) => command.run(global),
             Self::Agent(command) => command.run(global, factory),
             Self::Stop(command) => command.run(global),
             Self::Completions(command) => command.run(),

@@ -253,7 +253,7 @@ impl Engine {
             && !self.targets.contains_key(&pid)
             && !self.targets.values().any(|target| target.processes.contains_key(&pid))
         {
-            self.attach(&AttachRequest { pid, only: false }, progress)?;
+            self.attach(&AttachRequest { pid, only: false, require_signature: false }, progress)?;
         }
         let pid = self.meant(request.pid)?;
         let observers = &self.observers;

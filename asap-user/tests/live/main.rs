@@ -26,6 +26,7 @@ mod patch_references;
 mod replaced_executable;
 mod sandbox;
 mod sandbox_servers;
+mod signatures;
 mod support;
 mod target_changes_midway;
 mod unloaded_modules;

@@ -13,12 +13,12 @@ use std::{
 };
 
 /// A program, and the same without its symbols.
-struct Stripped {
+pub struct Stripped {
     full: Image,
     path: PathBuf,
 }
 
-fn strip(lab: &Lab, source: &Source) -> Stripped {
+pub fn strip(lab: &Lab, source: &Source) -> Stripped {
     let full = source.build();
     let path = lab.path(&format!("{}-stripped", full.file_name().expect("a name").to_string_lossy()));
     let done = Command::new("strip").arg("-s").arg("-o").arg(&path).arg(&full).status().expect("strip runs");
@@ -29,7 +29,7 @@ fn strip(lab: &Lab, source: &Source) -> Stripped {
 }
 
 impl Stripped {
-    fn start(&self) -> Fixture {
+    pub fn start(&self) -> Fixture {
         Fixture::start(&mut Command::new(&self.path))
     }
 
@@ -54,7 +54,7 @@ impl Stripped {
     }
 
     /// A manifest for a patch that replaces these functions.
-    fn manifest(&self, name: &str, functions: &[(&str, Option<&str>)]) -> Manifest {
+    pub fn manifest(&self, name: &str, functions: &[(&str, Option<&str>)]) -> Manifest {
         let symbols = functions.iter().map(|&(function, file)| self.place(function, file)).collect();
         let replaced = |&(function, file): &(&str, Option<&str>)| Replaced {
             old: function.to_owned(),
@@ -76,7 +76,7 @@ impl Stripped {
     }
 }
 
-fn patch_file(lab: &Lab, object: &str, manifest: &Manifest) -> String {
+pub fn patch_file(lab: &Lab, object: &str, manifest: &Manifest) -> String {
     let bytes = manifest::write(&std::fs::read(object).expect("an object"), manifest).expect("a sound manifest");
     let path = Path::new(object).with_file_name(format!("{}.asap", manifest.name));
     std::fs::write(&path, bytes).expect("written");
@@ -84,7 +84,7 @@ fn patch_file(lab: &Lab, object: &str, manifest: &Manifest) -> String {
     path.to_str().expect("ASCII").to_owned()
 }
 
-fn names() -> Source {
+pub fn names() -> Source {
     Source::of(&["names_a.c", "names_b.c"])
 }
 

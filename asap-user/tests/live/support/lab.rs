@@ -106,7 +106,7 @@ impl Lab {
         command.arg("--socket").arg(self.path("run/agent.sock")).arg("--log").arg(self.path("log/audit.jsonl"));
         command.arg("--json").args(arguments).stdin(Stdio::null());
         // Never this system's.
-        command.env("ASAP_JOURNAL", self.path("journal"));
+        command.env("ASAP_JOURNAL", self.path("journal")).env("ASAP_KEYS", self.path("keys"));
         command.envs(self.environment.borrow().iter().map(|(name, value)| (name, value)));
         command
     }
