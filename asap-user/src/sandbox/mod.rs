@@ -5,6 +5,7 @@
 //! moved aside). Leaving moves the spare back. What is where is recorded in the target before it is done, so that a later
 //! agent finds it. Not for deciding which processes belong together, nor for patches.
 
+pub mod policy;
 mod record;
 mod session;
 mod texts;
