@@ -47,6 +47,8 @@ pub(super) struct Group {
     pub(super) reached_inside: HashSet<u64>,
     /// It calls, or writes memory other than by `push`.
     pub(super) can_be_overwritten: bool,
+    /// It may keep something below the stack pointer.
+    pub(super) may_use_red_zone: bool,
 }
 
 /// The code of an image, understood as far as possible.
@@ -404,13 +406,14 @@ impl Analysis {
                 self.groups[group].reached_inside.insert(at);
             }
         }
-        let mut overwritten = vec![false; self.groups.len()];
-        for (index, is_overwritten) in overwritten.iter_mut().enumerate() {
-            let mut instructions = self.instructions_of(index);
-            *is_overwritten = instructions.any(|instruction| may_overwrite_stack(&instruction));
-        }
-        for (group, is_overwritten) in self.groups.iter_mut().zip(overwritten) {
-            group.can_be_overwritten = is_overwritten;
+        for index in 0..self.groups.len() {
+            let (mut can_be_overwritten, mut may_use_red_zone) = (false, false);
+            for instruction in self.instructions_of(index) {
+                can_be_overwritten |= may_overwrite_stack(&instruction);
+                may_use_red_zone |= reaches_below_stack(&instruction);
+            }
+            let group = &mut self.groups[index];
+            (group.can_be_overwritten, group.may_use_red_zone) = (can_be_overwritten, may_use_red_zone);
         }
     }
 
@@ -583,6 +586,17 @@ fn may_overwrite_stack(instruction: &Instruction) -> bool {
                 Mnemonic::Add | Mnemonic::Sub | Mnemonic::Cmp | Mnemonic::Test | Mnemonic::Push
             )
         }
+}
+
+/// The instruction addresses something below the stack pointer, or makes another register from which that can be done.
+fn reaches_below_stack(instruction: &Instruction) -> bool {
+    let is_addressed = instruction.memory_base() == Register::RSP || instruction.memory_index() == Register::RSP;
+    let is_below = is_addressed && instruction.memory_displacement64().cast_signed() < 0;
+    let is_indexed = is_addressed && instruction.memory_index() != Register::None;
+    let is_copied = instruction.op_count() == 2
+        && instruction.op1_kind() == OpKind::Register
+        && instruction.op1_register() == Register::RSP;
+    is_below || is_indexed || is_copied
 }
 
 fn disjoint(ranges: &[Range<ImageOffset>]) -> Vec<Range<u64>> {

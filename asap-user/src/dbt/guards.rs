@@ -1,13 +1,14 @@
 //! The code of the guards. None changes a flag, a register, memory that the program may use, or MXCSR: at a `ret` nothing is
-//! assumed to be dead, since hand-written code returns values in all of them, and compilers know what their static functions
-//! leave alone (gcc's -fipa-ra).
+//! assumed to be dead, since hand-written code returns values in all registers, and compilers know what their static functions
+//! leave alone (gcc's -fipa-ra). What each sequence costs, and what else was tried, is in docs/translator.md.
 
 use super::{
     emit::{EmitError, Emitter},
-    options::{ShadowStack, SyscallTable, TargetTable},
+    options::{Constants, ShadowForm},
     places::Undo,
     relocate::destination_operand,
 };
+use crate::address::ImageOffset;
 use iced_x86::{Code, Instruction, MemoryOperand, Register};
 use serde::{Deserialize, Serialize};
 
@@ -25,198 +26,241 @@ pub enum TrapReason {
 /// Where spilled registers may lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Below {
-    /// Right below the stack pointer: at the beginning of a function and when it returns, nothing of it is there. The kernel
-    /// leaves these bytes alone when it delivers a signal (psABI, "red zone").
+    /// Right below the stack pointer: at the beginning of a function, when it returns and when it calls, nothing of it is there.
+    /// The kernel leaves these bytes alone when it delivers a signal (psABI, "red zone").
     StackPointer,
     /// Below the red zone.
     RedZone,
 }
 
-/// How far the stack pointer is lowered for spills below the red zone, bytes.
-const LOWERED: i64 = 0x90;
-/// Numbers of rax, rcx, rdx in instructions.
-const RAX: u8 = 0;
-const RCX: u8 = 1;
-const RDX: u8 = 2;
+impl Below {
+    /// How far the stack pointer is lowered for spills, bytes.
+    fn lowered(self) -> i64 {
+        match self {
+            Self::StackPointer => 0,
+            Self::RedZone => 0x90,
+        }
+    }
+}
+
+/// The first is what `jrcxz` looks at. The second is one that hardly any code waits for: a value that was spilled and loaded
+/// again arrives five cycles late.
+const FIRST: (Register, u8) = (Register::RCX, 1);
+const SECOND: (Register, u8) = (Register::R11, 11);
+
+fn memory(base: Register, displacement: i64) -> MemoryOperand {
+    MemoryOperand::with_base_displ_size(base, displacement, u32::from(displacement != 0))
+}
+
+fn sum(base: Register, index: Register, displacement: i64) -> MemoryOperand {
+    let size = u32::from(displacement != 0);
+    MemoryOperand::with_base_index_scale_displ_size(base, index, 1, displacement, size)
+}
 
 fn at_stack(displacement: i64) -> MemoryOperand {
-    MemoryOperand::with_base_displ_size(Register::RSP, displacement, 8)
+    memory(Register::RSP, displacement)
 }
 
-/// `push x(%rsp)` or `pop x(%rsp)`, x counted from the stack pointer before `push` and after `pop`.
-fn transfer(emitter: &mut Emitter, code: Code, operand: MemoryOperand) -> Result<(), EmitError> {
-    emitter.made(Instruction::with1(code, operand))
+/// How guards are made in one image.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Guards {
+    pub(super) constants: ImageOffset,
+    pub(super) shadow: ShadowForm,
 }
 
-/// At the beginning of a function: copies the return address.
-pub(super) fn copy_return_address(
-    emitter: &mut Emitter,
+/// Registers that are in use for a guard, with the stack pointer perhaps lowered.
+struct Spill<'a> {
     native: u64,
-    shadow: ShadowStack,
-    below: Below,
-) -> Result<(), EmitError> {
-    emitter.stands_for(native, Undo::default());
-    let lowered = if below == Below::RedZone { LOWERED } else { 0 };
-    if lowered != 0 {
-        emitter.move_stack(-lowered)?;
+    lowered: i64,
+    registers: &'a [((Register, u8), i64)],
+}
+
+impl Spill<'_> {
+    fn undo(&self) -> Undo {
+        self.registers
+            .iter()
+            .fold(Undo::stack(self.lowered as i16), |undo, &((_, number), at)| undo.with(number, at as i16))
     }
-    let displacement = shadow.displacement.checked_add(lowered).ok_or(EmitError::OutOfReach)?;
-    let undo = Undo::stack(lowered as i16);
-    if i32::try_from(displacement).is_ok() {
-        emitter.stands_for(native, undo);
-        transfer(emitter, Code::Push_rm64, at_stack(lowered))?;
-        emitter.stands_for(native, Undo::stack(lowered as i16 + 8));
-        transfer(emitter, Code::Pop_rm64, at_stack(displacement))?;
-    } else {
+
+    fn save(&self, emitter: &mut Emitter) -> Result<(), EmitError> {
+        emitter.stands_for(self.native, Undo::default());
+        if self.lowered != 0 {
+            emitter.move_stack(-self.lowered)?;
+            emitter.stands_for(self.native, Undo::stack(self.lowered as i16));
+        }
+        for &((register, _), at) in self.registers {
+            emitter.store(at_stack(at), register)?;
+        }
+        emitter.stands_for(self.native, self.undo());
+        Ok(())
+    }
+
+    /// Loads what was spilled. Loading again does no harm, so that one undo describes all of it but the last step.
+    fn restore(&self, emitter: &mut Emitter) -> Result<(), EmitError> {
+        for &((register, _), at) in self.registers {
+            emitter.load(register, at_stack(at))?;
+        }
+        if self.lowered != 0 {
+            emitter.stands_for(self.native, Undo::stack(self.lowered as i16));
+            emitter.move_stack(self.lowered)?;
+        }
+        emitter.stands_for(self.native, Undo::default());
+        Ok(())
+    }
+
+    /// Restores, and goes to `trap`.
+    fn leave_for(&self, emitter: &mut Emitter, trap: u64) -> Result<(), EmitError> {
+        self.restore(emitter)?;
+        emitter.jump(trap)?;
+        emitter.stands_for(self.native, self.undo());
+        Ok(())
+    }
+}
+
+impl Guards {
+    fn constant(self, at: u64) -> MemoryOperand {
+        MemoryOperand::with_base_displ(Register::RIP, self.constants.0.wrapping_add(at).cast_signed())
+    }
+
+    /// The slot of the return address at `lowered` above the stack pointer; `scratch` is used for it unless there is no need.
+    fn slot(self, emitter: &mut Emitter, scratch: Register, lowered: i64) -> Result<MemoryOperand, EmitError> {
+        match self.shadow {
+            ShadowForm::Segment => {
+                let mut slot = at_stack(lowered);
+                slot.segment_prefix = Register::GS;
+                Ok(slot)
+            }
+            ShadowForm::Displaced => {
+                emitter.load(scratch, self.constant(Constants::DISPLACEMENT))?;
+                Ok(sum(Register::RSP, scratch, lowered))
+            }
+            ShadowForm::Folded => {
+                let low = match scratch {
+                    Register::RCX => Register::CL,
+                    Register::R11 => Register::R11L,
+                    _ => return Err(EmitError::Immovable),
+                };
+                let turn = |by: u32| Instruction::with3(Code::VEX_Rorx_r64_rm64_imm8, scratch, scratch, by);
+                emitter.load(scratch, self.constant(Constants::DISPLACEMENT))?;
+                emitter.lea(scratch, sum(Register::RSP, scratch, lowered))?;
+                // Bits 45 and up come to lie at 0 and up, become 1, and go back.
+                emitter.made(turn(45))?;
+                emitter.made(Instruction::with2(Code::Mov_r8_imm8, low, 1))?;
+                emitter.made(turn(19))?;
+                Ok(memory(scratch, 0))
+            }
+        }
+    }
+
+    /// At the beginning of a function: copies the return address.
+    pub(super) fn copy_return_address(self, emitter: &mut Emitter, native: u64, below: Below) -> Result<(), EmitError> {
+        let lowered = below.lowered();
+        let transfer = |emitter: &mut Emitter, slot: MemoryOperand, undo: Undo| {
+            // `push` reads before it moves the stack pointer, `pop` writes after it has.
+            emitter.made(Instruction::with1(Code::Push_rm64, at_stack(lowered)))?;
+            emitter.stands_for(native, undo);
+            emitter.made(Instruction::with1(Code::Pop_rm64, slot))
+        };
+        if self.shadow == ShadowForm::Segment {
+            let spill = Spill { native, lowered, registers: &[] };
+            spill.save(emitter)?;
+            let slot = self.slot(emitter, Register::None, lowered)?;
+            transfer(emitter, slot, Undo::stack(lowered as i16 + 8))?;
+            emitter.stands_for(native, spill.undo());
+            return spill.restore(emitter);
+        }
         // The word that `push` writes lies between the spilled register and the stack pointer.
-        let spill = if lowered == 0 { -16 } else { 0 };
-        emitter.stands_for(native, undo);
-        emitter.store(at_stack(spill), Register::RCX)?;
-        emitter.stands_for(native, undo.with(RCX, spill as i16));
-        emitter.made(Instruction::with2(Code::Mov_r64_imm64, Register::RCX, displacement))?;
-        transfer(emitter, Code::Push_rm64, at_stack(lowered))?;
-        emitter.stands_for(native, Undo::stack(lowered as i16 + 8).with(RCX, spill as i16 + 8));
-        let slot = MemoryOperand::with_base_index(Register::RSP, Register::RCX);
-        transfer(emitter, Code::Pop_rm64, slot)?;
-        emitter.stands_for(native, undo.with(RCX, spill as i16));
-        emitter.load(Register::RCX, at_stack(spill))?;
+        let at = if lowered == 0 { -16 } else { 0 };
+        let registers = [(SECOND, at)];
+        let spill = Spill { native, lowered, registers: &registers };
+        spill.save(emitter)?;
+        let slot = self.slot(emitter, SECOND.0, lowered)?;
+        transfer(emitter, slot, Undo::stack(lowered as i16 + 8).with(SECOND.1, at as i16 + 8))?;
+        emitter.stands_for(native, spill.undo());
+        spill.restore(emitter)
     }
-    emitter.stands_for(native, undo);
-    if lowered != 0 {
-        emitter.move_stack(lowered)?;
-    }
-    Ok(())
-}
 
-/// In front of a return: goes to `trap` if the return address is not the one that was copied. Gives where the trap resumes.
-pub(super) fn check_return_address(
-    emitter: &mut Emitter,
-    native: u64,
-    shadow: ShadowStack,
-    below: Below,
-    trap: u64,
-) -> Result<u64, EmitError> {
-    emitter.stands_for(native, Undo::default());
-    let lowered = if below == Below::RedZone { LOWERED } else { 0 };
-    let (rcx, rax) = if lowered == 0 { (-8, -16) } else { (0, 8) };
-    let undo = Undo::stack(lowered as i16);
-    let saved = undo.with(RCX, rcx as i16).with(RAX, rax as i16);
-    if lowered != 0 {
-        emitter.move_stack(-lowered)?;
-        emitter.stands_for(native, undo);
+    /// In front of a return: goes to `trap` if the return address is not the one that was copied. Gives where the trap resumes.
+    pub(super) fn check_return_address(
+        self,
+        emitter: &mut Emitter,
+        native: u64,
+        below: Below,
+        trap: u64,
+    ) -> Result<u64, EmitError> {
+        let lowered = below.lowered();
+        let registers = match below {
+            Below::StackPointer => [(FIRST, -8), (SECOND, -16)],
+            Below::RedZone => [(FIRST, 0), (SECOND, 8)],
+        };
+        let spill = Spill { native, lowered, registers: &registers };
+        spill.save(emitter)?;
+        let slot = self.slot(emitter, SECOND.0, lowered)?;
+        emitter.load(SECOND.0, slot)?;
+        emitter.load(FIRST.0, at_stack(lowered))?;
+        // copy - address, by what touches no flag.
+        emitter.made(Instruction::with1(Code::Not_rm64, FIRST.0))?;
+        emitter.lea(FIRST.0, sum(FIRST.0, SECOND.0, 1))?;
+        let equal = emitter.if_rcx_is_zero();
+        // A copy of zero: the call was made before there were copies.
+        emitter.made(Instruction::with2(Code::Mov_r64_rm64, FIRST.0, SECOND.0))?;
+        let unknown = emitter.if_rcx_is_zero();
+        spill.leave_for(emitter, trap)?;
+        emitter.land(&equal)?;
+        emitter.land(&unknown)?;
+        spill.restore(emitter)?;
+        Ok(emitter.here())
     }
-    emitter.store(at_stack(rcx), Register::RCX)?;
-    emitter.store(at_stack(rax), Register::RAX)?;
-    emitter.stands_for(native, saved);
-    let displacement = shadow.displacement.checked_add(lowered).ok_or(EmitError::OutOfReach)?;
-    if i32::try_from(displacement).is_ok() {
-        emitter.load(Register::RAX, at_stack(displacement))?;
-    } else {
-        emitter.made(Instruction::with2(Code::Mov_r64_imm64, Register::RAX, displacement))?;
-        emitter.load(Register::RAX, MemoryOperand::with_base_index(Register::RSP, Register::RAX))?;
-    }
-    emitter.load(Register::RCX, at_stack(lowered))?;
-    // copy - address, by what touches no flag.
-    emitter.made(Instruction::with1(Code::Not_rm64, Register::RCX))?;
-    emitter
-        .lea(Register::RCX, MemoryOperand::with_base_index_scale_displ_size(Register::RCX, Register::RAX, 1, 1, 1))?;
-    let equal = emitter.if_rcx_is_zero();
-    // A copy of zero: the call was made before there were copies.
-    emitter.made(Instruction::with2(Code::Mov_rm64_r64, Register::RCX, Register::RAX))?;
-    let unknown = emitter.if_rcx_is_zero();
-    restore(emitter, native, lowered, &[(Register::RCX, rcx), (Register::RAX, rax)])?;
-    emitter.stands_for(native, Undo::default());
-    emitter.jump(trap)?;
-    emitter.land(&equal)?;
-    emitter.land(&unknown)?;
-    emitter.stands_for(native, saved);
-    restore(emitter, native, lowered, &[(Register::RCX, rcx), (Register::RAX, rax)])?;
-    Ok(emitter.here())
-}
 
-/// Loads what was spilled. Loading again does no harm, so that one undo describes all of it but the last step.
-fn restore(emitter: &mut Emitter, native: u64, lowered: i64, registers: &[(Register, i64)]) -> Result<(), EmitError> {
-    for &(register, at) in registers {
-        emitter.load(register, at_stack(at))?;
+    /// In front of an indirect call or jump: goes to `trap` if the table does not hold its destination. Gives where the trap
+    /// resumes.
+    pub(super) fn check_target(
+        self,
+        emitter: &mut Emitter,
+        instruction: &Instruction,
+        below: Below,
+        trap: u64,
+    ) -> Result<u64, EmitError> {
+        let lowered = below.lowered();
+        let operand = destination_operand(instruction, lowered).ok_or(EmitError::Immovable)?;
+        let registers = match below {
+            Below::StackPointer => [(FIRST, -16), (SECOND, -24)],
+            Below::RedZone => [(FIRST, 0), (SECOND, 8)],
+        };
+        let spill = Spill { native: instruction.ip(), lowered, registers: &registers };
+        spill.save(emitter)?;
+        // The lower half is enough for the table.
+        match operand {
+            Ok(memory) => emitter.made(Instruction::with2(Code::Mov_r32_rm32, Register::ECX, memory))?,
+            Err(Register::RSP) => return Err(EmitError::Immovable),
+            Err(register) => {
+                emitter.made(Instruction::with2(Code::Mov_r32_rm32, Register::ECX, register.full_register32()))?;
+            }
+        }
+        emitter.load(SECOND.0, self.constant(Constants::TARGETS))?;
+        emitter.made(Instruction::with2(Code::Movzx_r32_rm8, Register::ECX, sum(SECOND.0, Register::RCX, 0)))?;
+        let wrong = emitter.if_rcx_is_zero();
+        spill.restore(emitter)?;
+        let over = emitter.skip();
+        emitter.land(&wrong)?;
+        emitter.stands_for(instruction.ip(), spill.undo());
+        spill.leave_for(emitter, trap)?;
+        emitter.land(&over)?;
+        emitter.stands_for(instruction.ip(), Undo::default());
+        Ok(emitter.here())
     }
-    if lowered != 0 {
-        emitter.stands_for(native, Undo::stack(lowered as i16));
-        emitter.move_stack(lowered)?;
-    }
-    Ok(())
-}
 
-/// In front of an indirect call or jump: goes to `trap` if the table does not hold its destination. Gives where the trap resumes.
-pub(super) fn check_target(
-    emitter: &mut Emitter,
-    instruction: &Instruction,
-    table: TargetTable,
-    trap: u64,
-) -> Result<u64, EmitError> {
-    let native = instruction.ip();
-    let lowered = LOWERED + 8;
-    let (rcx, rdx, rax, spare) = (0, 8, 16, 24);
-    let operand = destination_operand(instruction, lowered).ok_or(EmitError::Immovable)?;
-    if operand == Err(Register::RSP) {
-        return Err(EmitError::Immovable);
+    /// In front of `syscall`: goes to `trap` if the table stops it. rcx and r11 are free: `syscall` itself overwrites them. Gives
+    /// where the trap resumes.
+    pub(super) fn check_syscall(self, emitter: &mut Emitter, native: u64, trap: u64) -> Result<u64, EmitError> {
+        emitter.stands_for(native, Undo::default());
+        emitter.made(Instruction::with2(Code::Movzx_r32_rm16, Register::ECX, Register::AX))?;
+        emitter.load(Register::R11, self.constant(Constants::SYSCALLS))?;
+        let byte = sum(Register::R11, Register::RCX, 0);
+        emitter.made(Instruction::with2(Code::Movzx_r32_rm8, Register::ECX, byte))?;
+        let allowed = emitter.if_rcx_is_zero();
+        emitter.jump(trap)?;
+        emitter.land(&allowed)?;
+        Ok(emitter.here())
     }
-    let registers = [(Register::RCX, rcx), (Register::RDX, rdx), (Register::RAX, rax)];
-    let undo = Undo::stack(lowered as i16);
-    let saved = undo.with(RCX, rcx as i16).with(RDX, rdx as i16).with(RAX, rax as i16);
-    emitter.stands_for(native, Undo::default());
-    emitter.move_stack(-lowered)?;
-    emitter.stands_for(native, undo);
-    for (register, at) in registers {
-        emitter.store(at_stack(at), register)?;
-    }
-    emitter.stands_for(native, saved);
-    match operand {
-        Ok(memory) => emitter.load(Register::RCX, memory)?,
-        Err(register) => emitter.made(Instruction::with2(Code::Mov_r64_rm64, Register::RCX, register))?,
-    }
-    let entry = |displacement: i64| {
-        MemoryOperand::with_base_index_scale_displ_size(Register::RAX, Register::RDX, 8, displacement, 8)
-    };
-    let word = MemoryOperand::with_base_index(Register::RCX, Register::RDX);
-    emitter.made(Instruction::with2(Code::Movzx_r32_rm16, Register::EDX, Register::CX))?;
-    emitter.address_of(Register::RAX, table.at.0)?;
-    emitter.load(Register::RDX, entry(0))?;
-    emitter.lea(Register::RCX, word)?;
-    let first = emitter.if_rcx_is_zero();
-    // The destination again: the sum less the word, by what touches no flag.
-    emitter.made(Instruction::with1(Code::Not_rm64, Register::RDX))?;
-    let less = MemoryOperand::with_base_index_scale_displ_size(Register::RCX, Register::RDX, 1, 1, 1);
-    emitter.lea(Register::RCX, less)?;
-    emitter.store(at_stack(spare), Register::RCX)?;
-    emitter.made(Instruction::with2(Code::Movzx_r32_rm16, Register::EDX, at_stack(spare + 1)))?;
-    emitter.load(Register::RDX, entry(1 << 19))?;
-    emitter.lea(Register::RCX, word)?;
-    let second = emitter.if_rcx_is_zero();
-    restore(emitter, native, lowered, &registers)?;
-    emitter.stands_for(native, Undo::default());
-    emitter.jump(trap)?;
-    emitter.land(&first)?;
-    emitter.land(&second)?;
-    emitter.stands_for(native, saved);
-    restore(emitter, native, lowered, &registers)?;
-    Ok(emitter.here())
-}
-
-/// In front of `syscall`: goes to `trap` if the table stops it. rcx and r11 are free: `syscall` itself overwrites them. Gives
-/// where the trap resumes.
-pub(super) fn check_syscall(
-    emitter: &mut Emitter,
-    native: u64,
-    table: SyscallTable,
-    trap: u64,
-) -> Result<u64, EmitError> {
-    emitter.stands_for(native, Undo::default());
-    emitter.made(Instruction::with2(Code::Movzx_r32_rm16, Register::ECX, Register::AX))?;
-    emitter.address_of(Register::R11, table.at.0)?;
-    let byte = MemoryOperand::with_base_index(Register::R11, Register::RCX);
-    emitter.made(Instruction::with2(Code::Movzx_r32_rm8, Register::ECX, byte))?;
-    let allowed = emitter.if_rcx_is_zero();
-    emitter.jump(trap)?;
-    emitter.land(&allowed)?;
-    Ok(emitter.here())
 }

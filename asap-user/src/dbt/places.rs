@@ -4,7 +4,8 @@
 use crate::address::ImageOffset;
 use serde::{Deserialize, Serialize};
 
-/// A general register that a guard uses for its own purposes, by its number in instructions (0 rax, 1 rcx, 2 rdx).
+/// A general register that a guard uses for its own purposes, by its number in instructions (0 rax, 1 rcx, 2 rdx,
+/// 3 rbx, 4 rsp, 5 rbp, 6 rsi, 7 rdi, 8..15).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Saved {
     /// Its number.

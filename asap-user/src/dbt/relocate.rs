@@ -161,6 +161,8 @@ pub(super) fn destination_operand(instruction: &Instruction, lowered: i64) -> Op
         OpKind::Register => Some(Err(instruction.op0_register())),
         OpKind::Memory => {
             let mut displacement = instruction.memory_displacement64().cast_signed();
+            let has_register =
+                instruction.memory_base() != Register::None || instruction.memory_index() != Register::None;
             if instruction.memory_base() == Register::RSP {
                 displacement = displacement.wrapping_add(lowered);
             }
@@ -169,7 +171,7 @@ pub(super) fn destination_operand(instruction: &Instruction, lowered: i64) -> Op
                 instruction.memory_index(),
                 instruction.memory_index_scale(),
                 displacement,
-                if instruction.memory_displ_size() == 0 && displacement == 0 { 0 } else { 8 },
+                u32::from(displacement != 0 || instruction.memory_base() == Register::RIP || !has_register),
                 false,
                 instruction.segment_prefix(),
             )))

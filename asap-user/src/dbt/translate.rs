@@ -5,8 +5,9 @@ use super::{
     code::{Stretch, never_goes_on},
     counts::{Counts, Needless, Outcome, Reason, SiteKind},
     emit::{EmitError, Emitter},
-    guards::{self, Below, TrapReason},
-    options::Options,
+    guards::{Below, Guards, TrapReason},
+    operand::Operand,
+    options::{Options, ShadowForm},
     places::{Displaced, Place, Undo},
     relocate,
     room::{JUMP, Jump, Room, SHORT_JUMP, Window},
@@ -36,6 +37,8 @@ pub struct Trap {
     pub reason: TrapReason,
     /// A thread that is moved here goes on as if it had not been stopped.
     pub resume: ImageOffset,
+    /// Where a [`TrapReason::Target`] reads its destination.
+    pub destination: Option<Operand>,
 }
 
 /// A patch that is in place.
@@ -116,7 +119,7 @@ impl TranslatedPage {
 enum Action {
     CopyReturnAddress(Below),
     CheckReturn(Below),
-    CheckTarget,
+    CheckTarget(Below),
     CheckSyscall,
     Divert(ImageOffset),
 }
@@ -336,7 +339,7 @@ impl Translator {
         let at = instruction.ip();
         match instruction.flow_control() {
             FlowControl::Call if instruction.mnemonic() == Mnemonic::Syscall => {
-                self.options.syscalls?;
+                self.options.syscalls.then_some(())?;
                 Some((SiteKind::Syscall, Ok(vec![Action::CheckSyscall])))
             }
             FlowControl::Return => {
@@ -361,7 +364,7 @@ impl Translator {
                     Some(_) if is_tail => self.wanted_at_return(analysis, group, instruction).ok(),
                     _ => None,
                 };
-                let target = self.wanted_target(analysis, instruction);
+                let target = self.wanted_target(analysis, group, instruction);
                 match (shadow, target) {
                     (None, None) => None,
                     (None, Some(Ok(action))) => Some((SiteKind::IndirectJump, Ok(vec![action]))),
@@ -373,7 +376,7 @@ impl Translator {
                 }
             }
             FlowControl::IndirectCall => {
-                let action = self.wanted_target(analysis, instruction)?;
+                let action = self.wanted_target(analysis, group, instruction)?;
                 Some((SiteKind::IndirectCall, action.map(|action| vec![action])))
             }
             _ => None,
@@ -406,8 +409,13 @@ impl Translator {
         Ok(vec![Action::CheckReturn(if uses_below { Below::RedZone } else { Below::StackPointer })])
     }
 
-    fn wanted_target(&self, analysis: &Analysis, instruction: &Instruction) -> Option<Result<Action, Outcome>> {
-        self.options.targets?;
+    fn wanted_target(
+        &self,
+        analysis: &Analysis,
+        group: usize,
+        instruction: &Instruction,
+    ) -> Option<Result<Action, Outcome>> {
+        self.options.targets.then_some(())?;
         if !matches!(instruction.code(), Code::Call_rm64 | Code::Jmp_rm64) {
             return Some(Err(Outcome::Native(Reason::Immovable)));
         }
@@ -417,10 +425,16 @@ impl Translator {
         if reads_read_only {
             return Some(Err(Outcome::Needless(Needless::ReadOnly)));
         }
-        if instruction.op0_register() == Register::RSP {
+        // What the guard changes first would be read by the instruction's own operand.
+        if Operand::of(instruction).is_none_or(|operand| operand == Operand::Register(4)) {
             return Some(Err(Outcome::Native(Reason::Immovable)));
         }
-        Some(Ok(Action::CheckTarget))
+        let has_red_zone = match instruction.flow_control() {
+            FlowControl::IndirectCall => instruction.memory_base() == Register::RSP,
+            _ => analysis.groups[group].may_use_red_zone,
+        };
+        let below = if has_red_zone { Below::RedZone } else { Below::StackPointer };
+        Some(Ok(Action::CheckTarget(below)))
     }
 
     fn emit(&mut self, page: u64, plan: Plan<'_>) -> Result<TranslatedPage, TranslateError> {
@@ -507,11 +521,12 @@ impl Translator {
         out: &mut TranslatedPage,
     ) -> Result<(), EmitError> {
         let native = instruction.ip();
+        let shadow = self.options.shadow_stack.unwrap_or(ShadowForm::Displaced);
+        let guards = Guards { constants: self.options.constants, shadow };
         for &action in actions.get(&native).map_or(&[][..], Vec::as_slice) {
             let (reason, resume, trap) = match action {
                 Action::CopyReturnAddress(below) => {
-                    let shadow = self.options.shadow_stack.ok_or(EmitError::Immovable)?;
-                    guards::copy_return_address(emitter, native, shadow, below)?;
+                    guards.copy_return_address(emitter, native, below)?;
                     continue;
                 }
                 Action::Divert(to) => {
@@ -521,21 +536,19 @@ impl Translator {
                     continue;
                 }
                 Action::CheckReturn(below) => {
-                    let shadow = self.options.shadow_stack.ok_or(EmitError::Immovable)?;
                     let trap = self.next_trap(out)?;
-                    (TrapReason::Return, guards::check_return_address(emitter, native, shadow, below, trap)?, trap)
+                    (TrapReason::Return, guards.check_return_address(emitter, native, below, trap)?, trap)
                 }
-                Action::CheckTarget => {
-                    let table = self.options.targets.ok_or(EmitError::Immovable)?;
+                Action::CheckTarget(below) => {
                     let trap = self.next_trap(out)?;
-                    (TrapReason::Target, guards::check_target(emitter, instruction, table, trap)?, trap)
+                    (TrapReason::Target, guards.check_target(emitter, instruction, below, trap)?, trap)
                 }
                 Action::CheckSyscall => {
-                    let table = self.options.syscalls.ok_or(EmitError::Immovable)?;
                     let trap = self.next_trap(out)?;
-                    (TrapReason::Syscall, guards::check_syscall(emitter, native, table, trap)?, trap)
+                    (TrapReason::Syscall, guards.check_syscall(emitter, native, trap)?, trap)
                 }
             };
+            let destination = (reason == TrapReason::Target).then(|| Operand::of(instruction)).flatten();
             let mut bytes = [0xcc; TRAP_SLOT as usize];
             bytes[0] = 0xe9;
             bytes[1..5].copy_from_slice(&super::emit::distance(trap.wrapping_add(5), resume)?.to_le_bytes());
@@ -545,6 +558,7 @@ impl Translator {
                 native: ImageOffset(native),
                 reason,
                 resume: ImageOffset(resume),
+                destination,
             });
         }
         Ok(())

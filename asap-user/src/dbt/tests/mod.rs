@@ -12,16 +12,15 @@ use std::{path::Path, sync::Arc};
 /// What guards a test asks for.
 #[derive(Clone, Copy, Debug)]
 struct Guards {
-    shadow_stack: Option<i64>,
+    shadow_stack: Option<ShadowForm>,
     targets: bool,
     syscalls: bool,
 }
 
 const NONE: Guards = Guards { shadow_stack: None, targets: false, syscalls: false };
-const NEAR_SHADOW: Guards = Guards { shadow_stack: Some(-0x4001_5340), ..NONE };
-/// Far from all stacks, in a part of the address space that nothing uses.
-const FAR_SHADOW_AT: i64 = -0x4000_0001_5340;
-const ALL: Guards = Guards { shadow_stack: Some(FAR_SHADOW_AT), targets: true, syscalls: true };
+const SHADOW: Guards = Guards { shadow_stack: Some(ShadowForm::Displaced), ..NONE };
+const ALL: Guards = Guards { shadow_stack: Some(ShadowForm::Segment), targets: true, syscalls: true };
+const FOLDED: Guards = Guards { shadow_stack: Some(ShadowForm::Folded), ..ALL };
 
 fn read(path: &Path) -> Option<Arc<Image>> {
     let bytes = std::fs::read(path).ok()?;
@@ -34,18 +33,18 @@ fn image_end(image: &Image) -> u64 {
     ends.max().unwrap_or_default().next_multiple_of(4096)
 }
 
-/// Cache, trap slots and tables behind the image, in this order.
+/// Cache, trap slots and constants behind the image, in this order.
 fn options(image: &Image, analysis: &Analysis, guards: Guards) -> Options {
     let cache = image_end(image) + 0x1000;
     let cache_end = cache + (analysis.code_bytes() * 4).next_multiple_of(4096) + 0x10000;
     let traps_end = cache_end + analysis.code_bytes().next_multiple_of(4096) + 0x1000;
-    let tables = ImageOffset(traps_end);
     Options {
         cache: ImageOffset(cache)..ImageOffset(cache_end),
         traps: ImageOffset(cache_end)..ImageOffset(traps_end),
-        shadow_stack: guards.shadow_stack.map(|displacement| ShadowStack { displacement }),
-        targets: guards.targets.then_some(TargetTable { at: tables }),
-        syscalls: guards.syscalls.then_some(SyscallTable { at: ImageOffset(tables.0 + TargetTable::SIZE) }),
+        constants: ImageOffset(traps_end),
+        shadow_stack: guards.shadow_stack,
+        targets: guards.targets,
+        syscalls: guards.syscalls,
         ..Options::default()
     }
 }

@@ -130,7 +130,7 @@ fn check(path: &Path, guards: Guards) -> Option<(u64, u64, Counts)> {
 fn what_comes_out_of_the_files_of_the_system_holds_together() {
     let mut found = 0;
     for file in FILES {
-        for guards in [NONE, NEAR_SHADOW, ALL] {
+        for guards in [NONE, SHADOW, ALL, FOLDED] {
             let Some((code, cache, counts)) = check(Path::new(file), guards) else { continue };
             found += 1;
             println!("{file} {guards:?}: {code} bytes of code, {cache} of cache\n{counts}");
