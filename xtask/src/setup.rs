@@ -1,5 +1,7 @@
 //! `cargo xtask setup`: checks what building, tests, demo and benchmarks need, and installs what is missing. It speaks on standard
 //! error: standard output belongs to the task that called it.
+//!
+//! It is itself built before anything is installed: what it depends on may need Rust and a linker, nothing else.
 
 use crate::command;
 use anyhow::{Context, Result, bail, ensure};
@@ -149,6 +151,35 @@ impl Drop for NoServices {
             && let Err(error) = fs::remove_file(POLICY)
         {
             eprintln!("setup: {POLICY} can't be removed ({error}): please do, services won't start otherwise");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packages_are_named_once_each_and_sorted() {
+        let needs = [need("/b", "b", ""), need("/a", "a", ""), need_of_root("/c", "a", "")];
+        assert_eq!(packages(&needs.iter().collect::<Vec<_>>()), ["a", "b"]);
+    }
+
+    /// On a fresh machine this program, and asap itself, are built before set-up has installed a compiler for C, libclang or
+    /// the like.
+    #[test]
+    fn what_set_up_is_built_from_needs_nothing_that_it_would_install() {
+        let mut tree = command::cargo();
+        // With what tests alone need, and programs that build scripts use.
+        tree.args(["tree", "--workspace", "--all-features", "--edges", "all", "--prefix", "none", "--format", "{p}"]);
+        let output = tree.output().expect("cargo tree");
+        let tree = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let names: std::collections::BTreeSet<&str> =
+            tree.lines().filter_map(|line| line.split_ascii_whitespace().next()).collect();
+        assert!(names.contains("asap-user") && names.contains("libc"), "{tree}");
+        for helper in ["autotools", "bindgen", "cc", "clang-sys", "cmake", "pkg-config", "vcpkg"] {
+            assert!(!names.contains(helper), "a build script uses {helper}: cargo tree --invert {helper}");
         }
     }
 }

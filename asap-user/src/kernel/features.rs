@@ -1,7 +1,10 @@
 //! Which mechanisms work here: each is tried, on ourselves or on a child made for it, and never judged by the kernel's version.
 //! Without root most are told as missing, with the reason.
 
-use super::{Ebpf, KernelError, redirect};
+use super::{
+    Ebpf, KernelError, redirect,
+    uffd::{self, Uffd, feature},
+};
 use serde::Serialize;
 use std::{
     ffi::CStr,
@@ -262,19 +265,6 @@ fn lockdown() -> Result<String, String> {
     }
 }
 
-/// include/uapi/linux/userfaultfd.h
-mod uffd {
-    pub const API: libc::c_ulong = 0xc018_aa3f;
-    pub const REGISTER: libc::c_ulong = 0xc020_aa00;
-    pub const VERSION: u64 = 0xaa;
-    pub const EVENT_FORK: u64 = 1 << 1;
-    pub const EVENT_REMAP: u64 = 1 << 2;
-    pub const THREAD_ID: u64 = 1 << 8;
-    pub const MINOR_SHMEM: u64 = 1 << 10;
-    pub const MODE_MINOR: u64 = 1 << 2;
-    pub const USER_MODE_ONLY: libc::c_int = 1;
-}
-
 fn userfaultfd() -> Result<String, String> {
     let open = |flags: libc::c_int| {
         // SAFETY: numbers only.
@@ -285,13 +275,11 @@ fn userfaultfd() -> Result<String, String> {
     };
     let (fd, kernel_faults) = match open(0) {
         Ok(fd) => (fd, true),
-        Err(_) => (open(uffd::USER_MODE_ONLY)?, false),
+        Err(_) => (open(uffd::USER_MODE_ONLY as libc::c_int)?, false),
     };
-    let mut api = [uffd::VERSION, uffd::MINOR_SHMEM | uffd::THREAD_ID | uffd::EVENT_FORK | uffd::EVENT_REMAP, 0];
-    // SAFETY: `struct uffdio_api` is three 64-bit words, which the kernel reads and writes.
-    if unsafe { libc::ioctl(fd.as_raw_fd(), uffd::API, api.as_mut_ptr()) } < 0 {
-        return Err(complaint("UFFDIO_API with MINOR_SHMEM, THREAD_ID, EVENT_FORK, EVENT_REMAP"));
-    }
+    let uffd = Uffd::from(fd);
+    uffd.handshake(feature::MINOR_SHMEM | feature::THREAD_ID | feature::EVENT_FORK | feature::EVENT_REMAP)
+        .map_err(|errno| format!("UFFDIO_API with MINOR_SHMEM, THREAD_ID, EVENT_FORK, EVENT_REMAP: {errno}"))?;
     // SAFETY: a name that outlives the call.
     let memory = unsafe { libc::memfd_create(c"asap trial".as_ptr(), libc::MFD_CLOEXEC) };
     let memory = descriptor(memory.into(), "memfd_create")?;
@@ -300,11 +288,9 @@ fn userfaultfd() -> Result<String, String> {
         return Err(complaint("ftruncate of a memfd"));
     }
     let page = Mapping::new(4096, libc::PROT_READ | libc::PROT_EXEC, libc::MAP_PRIVATE, Some(&memory))?;
-    let mut register = [page.0 as u64, page.1 as u64, uffd::MODE_MINOR, 0];
-    // SAFETY: `struct uffdio_register` is four 64-bit words; the range is a mapping of ours that nobody touches.
-    if unsafe { libc::ioctl(fd.as_raw_fd(), uffd::REGISTER, register.as_mut_ptr()) } < 0 {
-        return Err(complaint("UFFDIO_REGISTER in MINOR mode"));
-    }
+    let start = page.0 as u64;
+    uffd.register(&(start..start + page.1 as u64))
+        .map_err(|errno| format!("UFFDIO_REGISTER in MINOR mode: {errno}"))?;
     Ok(format!(
         "MINOR mode; faults of the kernel itself: {}",
         if kernel_faults { "yes" } else { "no, they fail with EFAULT" }

@@ -15,6 +15,7 @@ mod snapshot;
 mod syscall;
 #[cfg(test)]
 mod tests;
+pub mod uffd;
 
 pub use features::{Feature, features};
 pub use lifecycle::{LifeCycle, LifeCycles};

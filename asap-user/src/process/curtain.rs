@@ -18,6 +18,7 @@ use super::{
 };
 use crate::{
     address::{PAGE_SIZE, TargetAddr},
+    kernel::uffd::{Event, Uffd},
     watchdog,
 };
 use nix::{
@@ -29,7 +30,6 @@ use std::{
     collections::BTreeSet,
     fmt,
     fs::File,
-    io,
     ops::Range,
     os::{
         fd::{AsFd, BorrowedFd},
@@ -42,7 +42,6 @@ use std::{
     thread::JoinHandle,
     time::{Duration, Instant},
 };
-use userfaultfd::{Error, Event, RegisterMode, Uffd};
 
 /// How the kernel names the memory in the memory map of the target.
 pub const NAME: &str = "/memfd:asap-text";
@@ -190,13 +189,13 @@ impl Curtain {
     /// # Errors
     /// It is not such memory, or another userfaultfd has it.
     pub fn register(&self, range: &Range<TargetAddr>) -> Result<(), GateError> {
-        let registered = self.uffd.register_with_mode(range.start.0 as *mut _, length(range), RegisterMode::MINOR);
-        registered.map_err(|error| GateError::at(self.pid, "registering text")(io::Error::other(error))).map(drop)
+        let registered = self.uffd.register(&numbers(range));
+        registered.map_err(|errno| GateError::at(self.pid, "registering text")(errno.into()))
     }
 
     /// Everybody who waits goes on, and nobody waits any more in `range`.
     pub fn unregister(&self, range: &Range<TargetAddr>) {
-        if let Err(error) = self.uffd.unregister(range.start.0 as *mut _, length(range)) {
+        if let Err(error) = self.uffd.unregister(&numbers(range)) {
             tracing::debug!(pid = self.pid, %error, "unregistering text");
         }
         // Who waits for a page that the target itself has unmapped.
@@ -206,7 +205,7 @@ impl Curtain {
     /// Those who wait in `range` look again; what lies there now decides.
     pub fn wake(&self, range: &Range<TargetAddr>) {
         for uffd in lock(&self.shared.children).iter().chain([&self.uffd]) {
-            let _ = uffd.wake(range.start.0 as *mut _, length(range));
+            let _ = uffd.wake(&numbers(range));
         }
     }
 
@@ -255,15 +254,13 @@ fn length(range: &Range<TargetAddr>) -> usize {
     range.end.0.saturating_sub(range.start.0) as usize
 }
 
+fn numbers(range: &Range<TargetAddr>) -> Range<u64> {
+    range.start.0..range.end.0
+}
+
 /// Opens one page and lets those go on who wait for it.
 fn open(uffd: &Uffd, page: u64) -> Result<(), Errno> {
-    match uffd.r#continue(page as *mut _, PAGE_SIZE as usize, true) {
-        Ok(length) if length > 0 => Ok(()),
-        Ok(_) => Err(Errno::EAGAIN),
-        // The crate has a `nix` of its own.
-        Err(Error::SystemError(errno)) => Err(Errno::from_raw(errno as i32)),
-        Err(_) => Err(Errno::EIO),
-    }
+    uffd.fill(&(page..page + PAGE_SIZE)).map(drop)
 }
 
 /// Answers faults. Never blocks elsewhere and never touches the target's memory: while it runs, mremap(2) in the target can
@@ -340,14 +337,14 @@ impl Reader<'_> {
         *lock(&self.shared.children) = self.uffds[1..].to_vec();
     }
 
-    fn read_all(&mut self, index: usize) -> Result<(), Error> {
+    fn read_all(&mut self, index: usize) -> Result<(), Errno> {
         while let Some(event) = self.uffds[index].read_event()? {
             match event {
-                Event::Pagefault { addr, thread_id, .. } => {
-                    let page = TargetAddr(addr as u64).page();
+                Event::Fault { address, thread } => {
+                    let page = TargetAddr(address).page();
                     let pages = self.shared.pages.as_ref();
                     if pages.is_some_and(|pages| lock(pages).catches(page)) {
-                        lock(&self.shared.caught).push(thread_id.as_raw());
+                        lock(&self.shared.caught).push(thread);
                         let _ = self.shared.alarm.write(1);
                         continue;
                     }
@@ -358,11 +355,11 @@ impl Reader<'_> {
                         self.answer(index, page.0);
                     }
                 }
-                Event::Fork { uffd } => {
+                Event::Fork(uffd) => {
                     self.uffds.push(Arc::new(uffd));
                     *lock(&self.shared.children) = self.uffds[1..].to_vec();
                 }
-                _ => {}
+                Event::Other => {}
             }
         }
         Ok(())
@@ -380,7 +377,7 @@ impl Reader<'_> {
             }
             // Open already, or something else lies there: the thread looks again.
             Err(_) => {
-                let _ = self.uffds[index].wake(page as *mut _, PAGE_SIZE as usize);
+                let _ = self.uffds[index].wake(&(page..page + PAGE_SIZE));
             }
         }
     }

@@ -7,11 +7,13 @@
 
 pub use super::userfault::GateError;
 use super::{puppet::Puppet, userfault};
-use crate::address::{PAGE_SIZE, TargetAddr};
+use crate::{
+    address::{PAGE_SIZE, TargetAddr},
+    kernel::uffd::{Event, Uffd},
+};
 use std::{
     collections::HashMap,
     fs::File,
-    io,
     os::{
         fd::{AsFd, OwnedFd},
         unix::fs::FileExt,
@@ -20,7 +22,6 @@ use std::{
     thread::JoinHandle,
     time::Instant,
 };
-use userfaultfd::{Event, RegisterMode, Uffd};
 
 /// Threads seen waiting at closed gates, by id, with the time they were first seen.
 type Waiting = Arc<Mutex<HashMap<i32, Instant>>>;
@@ -110,10 +111,9 @@ impl Gatekeeper {
         behind.file.write_all_at(content, offset).map_err(fail("filling the memfd"))?;
         behind.pages += 1;
         let at = userfault::map_text(puppet, behind.in_puppet, offset, PAGE_SIZE)?;
-        let registered = self.uffd.register_with_mode(at.0 as *mut _, PAGE_SIZE as usize, RegisterMode::MINOR);
-        if let Err(error) = registered {
+        if let Err(errno) = self.uffd.register(&(at.0..at.0 + PAGE_SIZE)) {
             let _ = puppet.syscall("munmap", libc::SYS_munmap, [at.0, PAGE_SIZE, 0, 0, 0, 0]);
-            return Err(fail("registering a gate")(io::Error::other(error)));
+            return Err(fail("registering a gate")(errno.into()));
         }
         Ok(at)
     }
@@ -128,8 +128,8 @@ impl Gatekeeper {
     /// # Errors
     /// The target is gone.
     pub fn wake(&self, text: TargetAddr) -> Result<(), GateError> {
-        let woken = self.uffd.wake(text.0 as *mut _, PAGE_SIZE as usize);
-        woken.map_err(|error| GateError::Userfaultfd { pid: self.pid, step: "waking", error: io::Error::other(error) })
+        let woken = self.uffd.wake(&(text.0..text.0 + PAGE_SIZE));
+        woken.map_err(|errno| GateError::at(self.pid, "waking")(errno.into()))
     }
 
     /// Ends a transaction: lets go of the memory behind its gates, and gives the threads that were seen waiting, with the
@@ -165,9 +165,9 @@ fn read_events(uffd: &Uffd, waiting: &Waiting, stop: &OwnedFd) {
         }
         loop {
             match uffd.read_event() {
-                Ok(Some(Event::Pagefault { thread_id, .. })) => {
+                Ok(Some(Event::Fault { thread, .. })) => {
                     let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
-                    waiting.entry(thread_id.as_raw()).or_insert_with(Instant::now);
+                    waiting.entry(thread).or_insert_with(Instant::now);
                 }
                 Ok(Some(_)) => {}
                 Ok(None) => break,

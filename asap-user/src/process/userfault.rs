@@ -4,12 +4,11 @@
 //! MINOR mode only: every page has its content, so that the kernel lets waiting threads go on when we die (P1).
 
 use super::puppet::{Puppet, PuppetError};
-use crate::address::TargetAddr;
-use std::{
-    io,
-    os::fd::{AsRawFd, FromRawFd, IntoRawFd},
+use crate::{
+    address::TargetAddr,
+    kernel::uffd::{self, Uffd, feature},
 };
-use userfaultfd::Uffd;
+use std::io;
 
 /// Why threads can't be made to wait at pages of a process.
 #[derive(Debug, thiserror::Error)]
@@ -36,25 +35,6 @@ impl GateError {
     }
 }
 
-const FEATURE_EVENT_FORK: u64 = 1 << 1;
-const FEATURE_EVENT_REMAP: u64 = 1 << 2;
-const FEATURE_THREAD_ID: u64 = 1 << 8;
-const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
-/// `UFFD_API` (linux/userfaultfd.h).
-const UFFD_API: u64 = 0xaa;
-
-/// `struct uffdio_api`.
-#[repr(C)]
-struct UffdioApi {
-    api: u64,
-    features: u64,
-    ioctls: u64,
-}
-
-mod ioctl {
-    nix::ioctl_readwrite!(uffdio_api, 0xaa, 0x3f, super::UffdioApi);
-}
-
 /// What becomes of the threads of a child that is forked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Forks {
@@ -69,7 +49,6 @@ pub(super) enum Forks {
 /// # Errors
 /// The kernel has no userfaultfd for this process, or not its MINOR mode.
 pub(super) fn open(puppet: &mut Puppet, target: i32, forks: Forks) -> Result<(Uffd, bool), GateError> {
-    const UFFD_USER_MODE_ONLY: u64 = 1;
     let flags = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64;
     // The wider form needs a capability of the target, or vm.unprivileged_userfaultfd.
     let wide = puppet.syscall("userfaultfd", libc::SYS_userfaultfd, [flags, 0, 0, 0, 0, 0]);
@@ -77,20 +56,17 @@ pub(super) fn open(puppet: &mut Puppet, target: i32, forks: Forks) -> Result<(Uf
     let number = match wide {
         Ok(number) => number,
         Err(PuppetError::Call { .. }) => {
-            let flags = flags | UFFD_USER_MODE_ONLY;
+            let flags = flags | uffd::USER_MODE_ONLY;
             puppet.syscall("userfaultfd", libc::SYS_userfaultfd, [flags, 0, 0, 0, 0, 0])?
         }
         Err(error) => return Err(error.into()),
     };
-    let fd = puppet.take_fd(number)?;
-    let children = if forks == Forks::Follow { FEATURE_EVENT_FORK } else { 0 };
-    let features = FEATURE_MINOR_SHMEM | FEATURE_THREAD_ID | FEATURE_EVENT_REMAP | children;
-    let mut api = UffdioApi { api: UFFD_API, features, ioctls: 0 };
-    // SAFETY: `api` is a live local of the layout that the request reads and writes.
-    unsafe { ioctl::uffdio_api(fd.as_raw_fd(), &raw mut api) }
-        .map_err(|errno| GateError::at(target, "handshake (MINOR mode on shared memory)")(errno.into()))?;
-    // SAFETY: the descriptor was just received and is owned here.
-    Ok((unsafe { Uffd::from_raw_fd(fd.into_raw_fd()) }, covers_kernel_faults))
+    let uffd = Uffd::from(puppet.take_fd(number)?);
+    let children = if forks == Forks::Follow { feature::EVENT_FORK } else { 0 };
+    let features = feature::MINOR_SHMEM | feature::THREAD_ID | feature::EVENT_REMAP | children;
+    let fail = GateError::at(target, "handshake (MINOR mode on shared memory)");
+    uffd.handshake(features).map_err(|errno| fail(errno.into()))?;
+    Ok((uffd, covers_kernel_faults))
 }
 
 /// Maps `length` bytes of the memfd that is open in the puppet as `in_puppet` at a place of the kernel's choice, readable and
