@@ -1,9 +1,15 @@
 //! The words that engine, agent and command line share: what can be asked, what is reported, how a refusal looks.
 //! Plain data, serialised as it is over the agent's socket and by `--json`.
 
-use crate::address::TargetAddr;
+use crate::{
+    address::TargetAddr,
+    sandbox::{
+        Violation,
+        policy::{Learned, Policy},
+    },
+};
 use serde::{Deserialize, Serialize};
-use std::{os::fd::BorrowedFd, time::Duration};
+use std::{collections::BTreeMap, os::fd::BorrowedFd, time::Duration};
 
 /// What a client asks of the agent.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -28,16 +34,25 @@ pub enum Request {
 }
 
 /// `asap sandbox`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct SandboxRequest {
     /// The target; none: the only one there is. To enter, it need not be attached yet.
     pub pid: Option<i32>,
     /// What to do.
     pub action: SandboxAction,
+    /// To enter: what is checked inside. A process that is inside already is checked by this from now on.
+    #[serde(default)]
+    pub policy: Policy,
+    /// To enter: system calls are noted, to make a policy of them.
+    #[serde(default)]
+    pub learns: bool,
+    /// To dump: a function, as the user wrote it, or an address (`0x...`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub function: Option<String>,
 }
 
 /// What to do about the sandbox.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum SandboxAction {
     /// Go in.
@@ -45,7 +60,10 @@ pub enum SandboxAction {
     /// Come out.
     Leave,
     /// Tell.
+    #[default]
     Status,
+    /// Show the code of a function, native and translated.
+    Dump,
 }
 
 /// `asap attach`.
@@ -317,10 +335,93 @@ pub struct SandboxReport {
     pub pid: i32,
     /// Its processes.
     pub processes: Vec<SandboxProcess>,
+    /// Those of them that are inside, by the translated code that they share.
+    #[serde(default)]
+    pub families: Vec<SandboxFamily>,
+    /// The function that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dump: Option<CodeDump>,
     /// From request to end, microseconds.
     pub total_us: u64,
     /// What the user should know.
     pub notes: Vec<String>,
+}
+
+/// Processes that have the same translated code, and the same policy: one that entered, and those that it has forked since.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SandboxFamily {
+    /// The processes.
+    pub pids: Vec<i32>,
+    /// What is checked in them.
+    pub policy: Policy,
+    /// Pages of code that were translated.
+    pub pages: u64,
+    /// Bytes of fragments: translated code beside the pages.
+    pub fragments: u64,
+    /// What became of the instructions that guards are about, in the pages that were translated.
+    pub sites: Vec<SiteCount>,
+    /// How often a thread was stopped and asked about, by what it was about to do.
+    pub stops: BTreeMap<String, u64>,
+    /// The last violations, oldest first.
+    pub violations: Vec<Violation>,
+    /// How many there were.
+    pub violation_count: u64,
+    /// Pages that run natively, and why.
+    pub refused: Vec<String>,
+    /// What was learned of its system calls, if it is to be learned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub learned: Option<Learned>,
+}
+
+/// Instructions that a guard is about.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SiteCount {
+    /// What they are: "return", "indirect call", ...
+    pub kind: String,
+    /// They are guarded, or need not be; else they run natively.
+    pub is_guarded: bool,
+    /// How they are guarded, or why not.
+    pub reason: String,
+    /// How many.
+    pub count: u64,
+}
+
+/// A function's code, as the file has it and as it runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CodeDump {
+    /// The process that it was read from.
+    pub pid: i32,
+    /// The function.
+    pub function: String,
+    /// Path of the module it lies in, as the target sees it.
+    pub module: String,
+    /// The file's code.
+    pub native: CodeBytes,
+    /// What is in its place now. None: it has not run in the sandbox.
+    pub translated: Option<CodeBytes>,
+    /// Code beside it that it jumps to and comes back from.
+    pub fragments: Vec<CodeFragment>,
+}
+
+/// Code at a place.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CodeBytes {
+    /// Where it lies in the process.
+    pub at: TargetAddr,
+    /// The bytes.
+    #[serde(with = "base64_bytes")]
+    pub bytes: Vec<u8>,
+}
+
+/// Code that stands for some instructions of a function.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CodeFragment {
+    /// The first native instruction that it stands for.
+    pub of: TargetAddr,
+    /// What it is: "return", "indirect call", "displaced", ...
+    pub kind: String,
+    /// The code.
+    pub code: CodeBytes,
 }
 
 /// How one process runs.

@@ -201,7 +201,9 @@ impl AuditLog {
                 record.target = request.pid;
                 if request.revert { "detach --revert" } else { "detach" }
             }
-            Request::Sandbox(SandboxRequest { action: SandboxAction::Status, .. }) => return None,
+            Request::Sandbox(SandboxRequest { action: SandboxAction::Status | SandboxAction::Dump, .. }) => {
+                return None;
+            }
             Request::Sandbox(request) => {
                 record.target = request.pid;
                 sandbox_command(request.action)
@@ -264,6 +266,7 @@ pub(super) fn sandbox_command(action: SandboxAction) -> &'static str {
         SandboxAction::Enter => "sandbox enter",
         SandboxAction::Leave => "sandbox leave",
         SandboxAction::Status => "sandbox status",
+        SandboxAction::Dump => "sandbox dump",
     }
 }
 

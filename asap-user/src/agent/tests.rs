@@ -94,7 +94,14 @@ impl Operations for Straw {
     }
     fn sandbox(&mut self, request: &SandboxRequest, _: &mut dyn FnMut(Progress)) -> Result<SandboxReport, Failure> {
         let pid = request.pid.unwrap_or_default();
-        Ok(SandboxReport { pid, processes: Vec::new(), total_us: 0, notes: Vec::new() })
+        Ok(SandboxReport {
+            pid,
+            processes: Vec::new(),
+            families: Vec::new(),
+            dump: None,
+            total_us: 0,
+            notes: Vec::new(),
+        })
     }
 }
 

@@ -3,7 +3,7 @@
 use super::{context::shown, interrupt, progress::Progress};
 use crate::{
     agent::{launch, socket},
-    report::{Failure, FailureKind, Reply, Request, TargetState},
+    report::{Failure, FailureKind, Reply, Request, SandboxAction, TargetState},
 };
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -71,7 +71,11 @@ impl Client {
         let mut line = serde_json::to_vec(request).map_err(|error| broken(&error.into()))?;
         line.push(b'\n');
         let connection = self.stream.get_ref().try_clone().map_err(|error| broken(&error))?;
-        let looks = matches!(request, Request::Status(_) | Request::List(_));
+        let looks = match request {
+            Request::Status(_) | Request::List(_) => true,
+            Request::Sandbox(request) => matches!(request.action, SandboxAction::Status | SandboxAction::Dump),
+            _ => false,
+        };
         let _armed = (!looks).then(|| interrupt::cancels(connection.as_fd()));
         let progress = Progress::start();
         // An agent that refuses a request while it is being sent has said why; so read on.
@@ -139,6 +143,11 @@ pub fn ask(path: &Path, request: &Request) -> Result<Reply, Failure> {
 
 /// Asks the agent; starts one if none runs.
 pub fn ask_or_start(options: &crate::agent::AgentOptions, request: &Request) -> Result<Reply, Failure> {
+    connect_or_start(options)?.ask(request)
+}
+
+/// A connection to the agent, which is started if none runs.
+pub fn connect_or_start(options: &crate::agent::AgentOptions) -> Result<Client, Failure> {
     let mut client = Client::connect(&options.socket)?;
     if client.is_none() {
         launch::start(options).map_err(|failure| Failure {
@@ -147,7 +156,7 @@ pub fn ask_or_start(options: &crate::agent::AgentOptions, request: &Request) -> 
         })?;
         client = Client::connect(&options.socket)?;
     }
-    client.ok_or_else(no_agent)?.ask(request)
+    client.ok_or_else(no_agent)
 }
 
 /// An answer of the wrong kind.

@@ -21,6 +21,7 @@ mod patch;
 mod progress;
 mod report;
 mod revert;
+mod run;
 mod sandbox;
 mod sign;
 mod signing;
@@ -84,6 +85,7 @@ enum Command {
     Revert(revert::Revert),
     Detach(detach::Detach),
     Sandbox(sandbox::Sandbox),
+    Run(run::Run),
     Doctor(doctor::Doctor),
     Inspect(inspect::Inspect),
     Log(log::Log),
@@ -97,8 +99,10 @@ enum Command {
 }
 
 impl Command {
-    fn run(self, global: &Global, factory: OperationsFactory) -> Result<(), Failure> {
-        match self {
+    fn run(self, global: &Global, factory: OperationsFactory) -> Result<ExitCode, Failure> {
+        let done = match self {
+            // Its exit code is that of what it runs.
+            Self::Run(command) => return Ok(command.run(global)),
             Self::Attach(command) => command.run(global),
             Self::Patch(command) => command.run(global),
             Self::Check(command) => command.run(global),
@@ -118,7 +122,8 @@ impl Command {
             Self::Stop(command) => command.run(global),
             Self::Completions(command) => command.run(),
             Self::Man(command) => command.run(global),
-        }
+        };
+        done.map(|()| ExitCode::SUCCESS)
     }
 }
 
@@ -129,7 +134,7 @@ pub fn main(factory: OperationsFactory) -> ExitCode {
         Err(error) => return usage_error(&error, std::env::args_os().any(|argument| argument == "--json")),
     };
     match cli.command.run(&cli.global, factory) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(failure) => {
             cli.global.show_failure(&failure);
             ExitCode::from(failure.kind.exit_code())

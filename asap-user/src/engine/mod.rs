@@ -3,6 +3,7 @@
 mod apply;
 mod call_stack;
 mod check;
+mod dump;
 mod exchange;
 mod hooks;
 pub mod ledger;

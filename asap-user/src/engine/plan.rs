@@ -144,7 +144,11 @@ pub fn functions(
     Ok(planned)
 }
 
-fn locate(
+/// Finds the function that `query` means in the modules (in `home` alone, where given); `wanted` is how the user wrote it.
+///
+/// # Errors
+/// There is none, or several.
+pub fn locate(
     modules: &[Module],
     home: Option<usize>,
     wanted: &str,

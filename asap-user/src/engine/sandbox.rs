@@ -3,6 +3,7 @@
 use super::{
     Engine,
     check::Observers,
+    dump,
     process::{TargetProcess, explain, gone},
     target::Target,
 };
@@ -235,6 +236,8 @@ fn report(target: &Target, begin: Instant) -> SandboxReport {
     SandboxReport {
         pid: target.root,
         processes: target.processes.values().map(of_process).collect(),
+        families: Vec::new(),
+        dump: None,
         total_us: super::micros_since(begin),
         notes,
     }
@@ -249,6 +252,12 @@ impl Engine {
         let begin = Instant::now();
         self.watch.was_disturbed();
         self.bury_dead();
+        if request.action == SandboxAction::Enter && (!request.policy.guards.is_empty() || request.learns) {
+            return Err(Failure::refused(
+                "the sandbox of this version has no guards yet, and learns nothing",
+                "enter it without --guards, --policy and --learn",
+            ));
+        }
         if let (SandboxAction::Enter, Some(pid)) = (request.action, request.pid)
             && !self.targets.contains_key(&pid)
             && !self.targets.values().any(|target| target.processes.contains_key(&pid))
@@ -258,6 +267,7 @@ impl Engine {
         let pid = self.meant(request.pid)?;
         let observers = &self.observers;
         let target = self.targets.get_mut(&pid).ok_or_else(|| gone(pid, "it is not there"))?;
+        let mut dump = None;
         match request.action {
             SandboxAction::Enter => {
                 if let Err(failure) = enter_all(target, observers, progress) {
@@ -273,8 +283,12 @@ impl Engine {
             SandboxAction::Status => {
                 target.discover(observers)?;
             }
+            SandboxAction::Dump => {
+                target.discover(observers)?;
+                dump = Some(dump::function(target, &mut self.images, request.function.as_deref().unwrap_or_default())?);
+            }
         }
         let target = self.targets.get(&pid).ok_or_else(|| gone(pid, "it is not there"))?;
-        Ok(report(target, begin))
+        Ok(SandboxReport { dump, ..report(target, begin) })
     }
 }

@@ -10,8 +10,10 @@ mod record;
 mod session;
 mod texts;
 mod view;
+mod violation;
 
 pub use record::{Record, State, Text};
 pub use session::{Host, SandboxError, Session, leave, settle};
 pub use texts::NativeCode;
 pub use view::{as_native, elsewhere, is_curtain};
+pub use violation::Violation;

@@ -54,6 +54,12 @@ impl From<SystemCall> for String {
     }
 }
 
+/// The name of what rax says, or its number.
+#[must_use]
+pub fn call_name(number: u64) -> String {
+    u16::try_from(number).map_or_else(|_| number.to_string(), |number| SystemCall(number).to_string())
+}
+
 /// The largest error number that the kernel returns (include/linux/err.h).
 const MAX_ERRNO: u16 = 4095;
 

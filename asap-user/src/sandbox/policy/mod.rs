@@ -7,7 +7,7 @@ mod learned;
 mod matches;
 mod place;
 
-pub use calls::{SystemCall, errno_name};
+pub use calls::{SystemCall, call_name, errno_name};
 pub use compiled::{Compiled, Decision};
 pub use learned::Learned;
 pub use matches::{ArgumentMatch, Value};
