@@ -2,7 +2,7 @@
 
 use crate::{
     cli::text::{count, microseconds, point_in_time, printable, table},
-    report::{SandboxAction, SandboxFamily, SandboxReport},
+    report::{SandboxAction, SandboxFamily, SandboxReport, SiteCount},
     sandbox::{NativeCode, Violation, policy::Guard},
 };
 use std::collections::BTreeMap;
@@ -103,22 +103,18 @@ pub fn guards(family: &SandboxFamily) -> String {
 
 /// What became of the instructions that guards are about: per kind, and the reasons of those that are native.
 pub fn sites(family: &SandboxFamily) -> String {
-    let mut kinds: BTreeMap<&str, (u64, u64, Vec<(u64, &str)>)> = BTreeMap::new();
+    let mut kinds: BTreeMap<&str, Vec<&SiteCount>> = BTreeMap::new();
     for site in &family.sites {
-        let entry = kinds.entry(&site.kind).or_default();
-        if site.is_guarded {
-            entry.0 += site.count;
-        } else {
-            entry.1 += site.count;
-            entry.2.push((site.count, &site.reason));
-        }
+        kinds.entry(&site.kind).or_default().push(site);
     }
-    let rows = kinds.into_iter().map(|(kind, (guarded, native, mut reasons))| {
-        reasons.sort_unstable_by(|a, b| b.cmp(a));
-        let reasons: Vec<String> = reasons.iter().map(|(count, reason)| format!("{count} {reason}")).collect();
-        vec![kind.to_owned(), guarded.to_string(), native.to_string(), reasons.join(", ")]
-    });
-    let rows: Vec<_> = rows.collect();
+    let row = |(kind, sites): (&str, Vec<&SiteCount>)| {
+        let (guarded, mut native): (Vec<_>, Vec<_>) = sites.into_iter().partition(|site| site.is_guarded);
+        native.sort_unstable_by_key(|site| std::cmp::Reverse(site.count));
+        let reasons: Vec<String> = native.iter().map(|site| format!("{} {}", site.count, site.reason)).collect();
+        let sum = |sites: &[&SiteCount]| sites.iter().map(|site| site.count).sum::<u64>().to_string();
+        vec![kind.to_owned(), sum(&guarded), sum(&native), reasons.join(", ")]
+    };
+    let rows: Vec<_> = kinds.into_iter().map(row).collect();
     if rows.is_empty() { String::new() } else { table("  ", &["SITES", "GUARDED", "NATIVE", "BECAUSE OF"], rows) }
 }
 
@@ -164,7 +160,7 @@ pub(super) mod tests {
     use super::*;
     use crate::{
         address::TargetAddr,
-        report::{SandboxProcess, SiteCount},
+        report::SandboxProcess,
         sandbox::policy::{Action, Policy},
     };
 
