@@ -51,6 +51,13 @@ impl Agent {
         Ok(agent)
     }
 
+    /// The words that ask this agent, for a shell.
+    pub fn command_line(&self) -> String {
+        let words = asap(&self.asap, &self.directory);
+        let words = std::iter::once(words.get_program()).chain(words.get_args());
+        words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+    }
+
     /// Its process id.
     pub fn pid(&self) -> i32 {
         self.process.pid()

@@ -10,6 +10,7 @@ mod http;
 mod load;
 mod owned;
 mod peers;
+mod programs;
 mod setup;
 mod snapshot;
 mod soak;
@@ -58,6 +59,8 @@ enum Task {
         #[arg(long, default_value_t = 5)]
         rounds: usize,
     },
+    /// Run real programs natively and in the sandbox, and compare what they do.
+    Programs(programs::Options),
     /// Patch and repair servers under load for a long time: nothing may fail, nothing may grow.
     Soak(soak::Options),
 }
@@ -71,6 +74,7 @@ fn main() -> ExitCode {
         Task::Demo(options) => demo::run(options),
         Task::Ebpf { check } => ebpf::run(check),
         Task::Bench { what, json, rounds } => bench::run(what, json, rounds),
+        Task::Programs(options) => programs::run(&options),
         Task::Soak(options) => soak::run(&options),
     });
     match result {

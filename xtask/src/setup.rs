@@ -86,14 +86,22 @@ pub fn run() -> Result<()> {
         Path::new("/usr/bin/apt-get").exists(),
         "this is no Debian system: install by hand what brings the files named above"
     );
-    let policy = NoServices::declare()?;
-    let installed = install(&packages);
-    drop(policy);
-    installed?;
+    install_packages(&packages)?;
     let still: Vec<_> = self::missing().iter().map(|need| need.file).collect();
     ensure!(still.is_empty(), "still missing after installation: {}", still.join(", "));
     eprintln!("setup: done");
     Ok(())
+}
+
+/// Installs Debian packages, without starting the services that come with them.
+pub fn install_packages(packages: &[&str]) -> Result<()> {
+    if packages.is_empty() {
+        return Ok(());
+    }
+    let policy = NoServices::declare()?;
+    let installed = install(packages);
+    drop(policy);
+    installed
 }
 
 /// apt-get with words of its own only where it fails.

@@ -38,5 +38,5 @@ kill -USR1 $server; sleep 1
 curl -s "http://127.0.0.1:$PORT/small.html"
 # It may signal its whole process group.
 trap : TERM; kill -TERM $server
-while kill -0 $server 2> /dev/null; do sleep 0.1; done
+while kill -0 $server 2> /dev/null; do sleep 0.1 || :; done
 wait $server; echo "ended with $?"

@@ -4,6 +4,7 @@
 mod nginx;
 mod plot;
 mod redis;
+mod sandbox;
 
 use crate::{
     agent::Agent,
@@ -43,6 +44,27 @@ pub struct Options {
     /// Where the report goes: soak.json, soak.md, soak.svg.
     #[arg(long, default_value = "target/soak")]
     output: PathBuf,
+    /// Instead of patches: into the sandbox and out of it, as often as --cycles and --kills say.
+    #[arg(long)]
+    sandbox: bool,
+    /// How often each server goes in and out.
+    #[arg(long, requires = "sandbox", default_value_t = 1000)]
+    cycles: u64,
+    /// How often an agent is killed while a server is inside.
+    #[arg(long, requires = "sandbox", default_value_t = 200)]
+    kills: u64,
+    /// Guards, as for `asap sandbox enter --guards`.
+    #[arg(long, requires = "sandbox")]
+    guards: Option<String>,
+}
+
+/// Loads of all servers.
+struct Loads {
+    web: Load,
+    pages: Load,
+    clients: Clients,
+    /// Shortly before the first of them ends.
+    end: Instant,
 }
 
 /// A patch that can be put in.
@@ -151,17 +173,21 @@ pub fn run(options: &Options) -> Result<()> {
         state: BTreeMap::new(),
         before: BTreeMap::new(),
         totals: Totals { seed, ..Totals::default() },
+        sandbox: sandbox::Counts::default(),
         samples: Vec::new(),
         events: Vec::new(),
     };
-    if let Err(error) = soak.all(Duration::from_secs(options.minutes * 60)) {
+    let done = match options.sandbox {
+        true => soak.go_in_and_out(options),
+        false => soak.all(Duration::from_secs(options.minutes * 60)),
+    };
+    if let Err(error) = done {
         for event in soak.events.iter().rev().take(60).rev() {
             eprintln!("{event}");
         }
         return Err(error);
     }
-    soak.write(&options.output)?;
-    print!("{}", soak.summary());
+    soak.write(options)?;
     ensure!(soak.totals.failed == 0, "{} requests failed", soak.totals.failed);
     Ok(())
 }
@@ -181,6 +207,7 @@ struct Soak {
     /// What the processes were before the first attach.
     before: BTreeMap<i32, Snapshot>,
     totals: Totals,
+    sandbox: sandbox::Counts,
     samples: Vec<Sample>,
     /// What was done when: for those who look for the cause of a failure.
     events: Vec<String>,
@@ -212,16 +239,7 @@ impl Soak {
     }
 
     fn all(&mut self, length: Duration) -> Result<()> {
-        // Past their first requests, when they map and load what they need.
-        for address in [self.apache.address, self.nginx.address] {
-            let path = if address == self.apache.address { apache::FILE } else { nginx::FILE };
-            let warm = Load::start(address, path, 2)?.finish()?;
-            ensure!(warm.failed == 0, "{} requests failed before anything was done", warm.failed);
-        }
-        let pids: Vec<i32> = SERVERS.iter().flat_map(|&server| self.processes(server)).collect();
-        for pid in pids {
-            self.before.insert(pid, Snapshot::of(pid)?);
-        }
+        self.warm_up()?;
         self.begin = Instant::now();
         while self.begin.elapsed() < length {
             self.slice()?;
@@ -242,18 +260,42 @@ impl Soak {
         Ok(())
     }
 
+    /// What the servers were before anything was done to them.
+    fn warm_up(&mut self) -> Result<()> {
+        // Past their first requests, when they map and load what they need.
+        for address in [self.apache.address, self.nginx.address] {
+            let path = if address == self.apache.address { apache::FILE } else { nginx::FILE };
+            let warm = Load::start(address, path, 2)?.finish()?;
+            ensure!(warm.failed == 0, "{} requests failed before anything was done", warm.failed);
+        }
+        let pids: Vec<i32> = SERVERS.iter().flat_map(|&server| self.processes(server)).collect();
+        for pid in pids {
+            self.before.insert(pid, Snapshot::of(pid)?);
+        }
+        Ok(())
+    }
+
     /// Some seconds of load, in which as much is done as can be.
     fn slice(&mut self) -> Result<()> {
+        let loads = self.start_loads()?;
+        while Instant::now() < loads.end {
+            self.step()?;
+            std::thread::sleep(Duration::from_millis(self.random.u64(..150)));
+        }
+        self.finish_loads(loads)
+    }
+
+    fn start_loads(&mut self) -> Result<Loads> {
         let end = Instant::now() + Duration::from_secs(SLICE) - Duration::from_millis(300);
         self.note("load");
         let web = Load::start(self.apache.address, apache::FILE, SLICE)?;
         let pages = Load::start(self.nginx.address, nginx::FILE, SLICE)?;
         let clients = Clients::start(self.redis.address);
-        while Instant::now() < end {
-            self.step()?;
-            std::thread::sleep(Duration::from_millis(self.random.u64(..150)));
-        }
-        for (server, load) in [(Server::Apache, web), (Server::Nginx, pages)] {
+        Ok(Loads { web, pages, clients, end })
+    }
+
+    fn finish_loads(&mut self, loads: Loads) -> Result<()> {
+        for (server, load) in [(Server::Apache, loads.web), (Server::Nginx, loads.pages)] {
             let report = load.finish()?;
             *self.totals.requests.entry(server).or_default() += report.requests;
             self.totals.failed += report.failed;
@@ -265,7 +307,7 @@ impl Soak {
                 report.failures
             );
         }
-        *self.totals.requests.entry(Server::Redis).or_default() += clients.finish()?;
+        *self.totals.requests.entry(Server::Redis).or_default() += loads.clients.finish()?;
         self.sample()
     }
 
@@ -459,13 +501,21 @@ impl Soak {
         )
     }
 
-    fn write(&self, output: &Path) -> Result<()> {
+    fn write(&self, options: &Options) -> Result<()> {
+        let output: &Path = &options.output;
         fs::create_dir_all(output).with_context(|| format!("{} can't be made", output.display()))?;
-        fs::write(output.join("soak.md"), self.summary())?;
-        let report = serde_json::json!({ "totals": self.totals, "samples": self.samples });
-        fs::write(output.join("soak.json"), serde_json::to_string_pretty(&report)?)?;
-        plot::write(&output.join("soak.svg"), &self.samples)?;
+        let (name, summary) = match options.sandbox {
+            true => ("sandbox", self.sandbox_summary()),
+            false => ("soak", self.summary()),
+        };
+        fs::write(output.join(name).with_extension("md"), &summary)?;
+        let report = serde_json::json!({ "totals": self.totals, "sandbox": self.sandbox, "samples": self.samples });
+        fs::write(output.join(name).with_extension("json"), serde_json::to_string_pretty(&report)?)?;
+        if !options.sandbox {
+            plot::write(&output.join("soak.svg"), &self.samples)?;
+        }
         println!("report: {}", output.display());
+        print!("{summary}");
         Ok(())
     }
 }
