@@ -59,8 +59,12 @@ pub struct Analysis {
     pub(super) groups: Vec<Group>,
     pub(super) bare: Vec<Range<u64>>,
     pub(super) read_only: Vec<Range<u64>>,
+    /// Code in which nothing may change.
+    pub(super) untouched: Vec<Range<u64>>,
     /// Indirect jumps whose destinations come from a jump table that can't be written.
     pub(super) table_jumps: HashSet<u64>,
+    /// Addresses of instructions that data or instructions hold, and beginnings of functions.
+    destinations: Vec<u64>,
 }
 
 /// A direct jump or call.
@@ -78,6 +82,7 @@ struct Sweep {
     /// Addresses that instructions compute: of code, or of tables. With the part where.
     computed: Vec<(u64, Option<usize>)>,
     indirect: Vec<(u64, usize)>,
+    indirect_calls: Vec<u64>,
 }
 
 impl Analysis {
@@ -90,7 +95,9 @@ impl Analysis {
             groups: Vec::new(),
             bare: disjoint(&view.bare_frames),
             read_only: disjoint(&view.read_only),
+            untouched: disjoint(&view.untouched),
             table_jumps: HashSet::new(),
+            destinations: Vec::new(),
         };
         this.cut_into_parts(view);
         let mut sweep = Sweep::default();
@@ -106,6 +113,16 @@ impl Analysis {
         this.join_parts(view, &sweep, &named, &mut union);
         this.form_groups(&mut union, &named, &sweep, &pointers);
         this.judge_indirect(&sweep);
+        this.destinations = pointers.into_iter().collect();
+        // Code that no function is known for, such as what the C runtime brings along.
+        let is_code = |at: &u64| this.stretch(*at).is_some();
+        let told: Vec<u64> = view.pointers.iter().map(|at| at.0).filter(is_code).collect();
+        this.destinations.extend(told);
+        let again = this.second_returns(view, &sweep);
+        this.destinations.extend(again);
+        this.destinations.extend(this.groups.iter().flat_map(|group| &group.function_entries));
+        this.destinations.sort_unstable();
+        this.destinations.dedup();
         for group in 0..this.groups.len() {
             if this.groups[group].flaw.is_some() {
                 this.distrust(group);
@@ -113,6 +130,33 @@ impl Analysis {
         }
         this.mark_dead();
         this
+    }
+
+    /// Where functions that return twice come back to.
+    fn second_returns(&self, view: &CodeView<'_>, sweep: &Sweep) -> Vec<u64> {
+        if view.returns_twice.is_empty() {
+            return Vec::new();
+        }
+        let slots: HashSet<u64> = view.returns_twice.iter().map(|slot| slot.0).collect();
+        let goes_there = |instruction: &Instruction| {
+            instruction.is_ip_rel_memory_operand() && slots.contains(&instruction.ip_rel_memory_address())
+        };
+        // An entry of the procedure linkage table: `endbr64`, and a jump.
+        let is_stub = |at: u64| {
+            let first = self.stretch(at).and_then(|stretch| stretch.decode(at));
+            let jump = first.and_then(|first| match first.mnemonic() {
+                Mnemonic::Endbr64 => self.stretch(at).and_then(|stretch| stretch.decode(first.next_ip())),
+                _ => Some(first),
+            });
+            jump.is_some_and(|jump| jump.mnemonic() == Mnemonic::Jmp && goes_there(&jump))
+        };
+        let calls = sweep.branches.iter().filter(|branch| branch.kind == FlowControl::Call && is_stub(branch.to));
+        let direct = calls.filter_map(|call| Some(self.stretch(call.from)?.decode(call.from)?.next_ip()));
+        let indirect = sweep.indirect_calls.iter().filter_map(|&at| {
+            let call = self.stretch(at)?.decode(at).filter(goes_there)?;
+            Some(call.next_ip())
+        });
+        direct.chain(indirect).collect()
     }
 
     pub(super) fn stretch(&self, at: u64) -> Option<&Stretch> {
@@ -168,6 +212,13 @@ impl Analysis {
             }
         }
         pages.into_iter().map(ImageOffset).collect()
+    }
+
+    /// Where indirect calls and jumps may lead, by address: whatever of the code has its address in data or taken by an
+    /// instruction, and the beginnings of functions. Destinations of tables that can't be written are not among them.
+    #[must_use]
+    pub fn destinations(&self) -> Vec<ImageOffset> {
+        self.destinations.iter().copied().map(ImageOffset).collect()
     }
 
     /// Functions by why they were not understood; `None`: they were.
@@ -239,6 +290,9 @@ impl Analysis {
                 || instruction.mnemonic() == Mnemonic::Syscall
             {
                 stretch.entries.set(instruction.next_ip());
+            }
+            if instruction.flow_control() == FlowControl::IndirectCall {
+                sweep.indirect_calls.push(at);
             }
             if instruction.flow_control() == FlowControl::IndirectBranch {
                 sweep.indirect.push((at, index));

@@ -20,6 +20,7 @@ mod options;
 mod places;
 mod relocate;
 mod room;
+mod rseq;
 mod tables;
 mod translate;
 mod view;

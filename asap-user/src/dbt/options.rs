@@ -62,7 +62,8 @@ impl Constants {
 pub enum ShadowForm {
     /// Away by [`Constants::displacement`]. With a displacement of zero everything passes.
     Displaced,
-    /// Away by the thread's GS base. A thread whose GS base is zero passes everything.
+    /// Away by the thread's GS base. A thread whose GS base is zero passes everything. Stacks lie so high that the base has to be
+    /// negative: `wrgsbase` sets such a one, arch_prctl(2) and ptrace(2) refuse it.
     Segment,
     /// In 2^45..2^46, which no program uses: at 2^45 + (address + [`Constants::displacement`]) mod 2^45, with a displacement in
     /// 0..2^45. For programs whose stacks may lie both in low and in high memory. Needs BMI2.

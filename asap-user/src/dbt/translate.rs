@@ -152,7 +152,8 @@ impl Translator {
             }
         }
         entries.values_mut().for_each(|page| page.sort_unstable());
-        let untouched = options.untouched.iter().map(|range| range.start.0..range.end.0).collect();
+        let mut untouched: Vec<Range<u64>> = analysis.untouched.clone();
+        untouched.extend(options.untouched.iter().map(|range| range.start.0..range.end.0));
         Self {
             analysis,
             options,

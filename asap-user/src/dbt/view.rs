@@ -1,8 +1,12 @@
 //! What the translator is told of an image: code, bounds of functions, addresses that something may jump to. Plain data, so
 //! that tests make it by hand.
 
+use super::rseq;
 use crate::{address::ImageOffset, image::Image};
 use std::ops::Range;
+
+/// What longjmp(3) goes back to (gcc knows the same ones, special_function_p).
+const RETURNS_TWICE: [&str; 5] = ["setjmp", "_setjmp", "sigsetjmp", "__sigsetjmp", "savectx"];
 
 /// An image as the translator sees it.
 #[derive(Clone, Debug, Default)]
@@ -21,6 +25,11 @@ pub struct CodeView<'a> {
     pub bare_frames: Vec<Range<ImageOffset>>,
     /// What can't be written while the program runs.
     pub read_only: Vec<Range<ImageOffset>>,
+    /// Slots of functions that return twice, the second time by an indirect jump (setjmp and its like).
+    pub returns_twice: Vec<ImageOffset>,
+    /// Code whose bytes must stay as they are: debuggers know signal trampolines by them, the kernel restartable sequences by
+    /// their place.
+    pub untouched: Vec<Range<ImageOffset>>,
     /// The image may be mapped anywhere (ET_DYN): numbers in its code are no addresses.
     pub is_position_independent: bool,
 }
@@ -69,6 +78,10 @@ impl<'a> CodeView<'a> {
         }
         view.pointers = image.code_pointers();
         view.bare_frames = image.bare_frames();
+        let slots = image.named_slots().into_iter().filter(|(_, name)| RETURNS_TWICE.contains(&name.as_str()));
+        view.returns_twice = slots.map(|(slot, _)| slot).collect();
+        view.untouched = image.signal_trampolines();
+        view.untouched.extend(rseq::critical_sections(image));
         view
     }
 }

@@ -51,7 +51,13 @@ impl Image {
         self.unwind.landing_pads(self, start)
     }
 
-    /// Bounds of all entries of the unwind table, by address.
+    /// Bounds of what signal handlers return to; the first address lies in front of the first instruction.
+    #[must_use]
+    pub fn signal_trampolines(&self) -> Vec<Range<ImageOffset>> {
+        self.unwind.signal_trampolines(self)
+    }
+
+    /// Bounds of all other entries of the unwind table, by address.
     #[must_use]
     pub fn unwind_bounds(&self) -> Vec<Range<ImageOffset>> {
         self.unwind.all(self)

@@ -121,10 +121,18 @@ impl Tables {
     /// Bounds of all entries, by address.
     pub(super) fn all(&self, image: &Image) -> Vec<Range<ImageOffset>> {
         let Some(open) = Open::of(self, image) else { return Vec::new() };
-        let mut all: Vec<_> = open.fdes().iter().filter_map(bounds).collect();
+        let fdes = open.fdes();
+        let mut all: Vec<_> = fdes.iter().filter(|fde| !fde.is_signal_trampoline()).filter_map(bounds).collect();
         all.sort_unstable_by_key(|range| (range.start, range.end));
         all.dedup_by_key(|range| range.start);
         all
+    }
+
+    /// Bounds of what signal handlers return to. Such an entry begins in front of its first instruction: unwinders look up
+    /// return addresses less one (gcc, "S" augmentation).
+    pub(super) fn signal_trampolines(&self, image: &Image) -> Vec<Range<ImageOffset>> {
+        let Some(open) = Open::of(self, image) else { return Vec::new() };
+        open.fdes().iter().filter(|fde| fde.is_signal_trampoline()).filter_map(bounds).collect()
     }
 }
 

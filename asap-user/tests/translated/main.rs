@@ -1,0 +1,6 @@
+//! Translated code that runs: programs under all guards against the same programs natively, and random code against itself, with
+//! registers, flags, memory and faults compared. Needs no root: the programs translate themselves, helped by `preload.c`.
+
+mod launch;
+mod programs;
+mod translations;
