@@ -1,26 +1,20 @@
 //! Debian's kernels: found in the package indexes of its releases when asked for, checked as apt checks, unpacked into a folder
 //! that is kept. The machine's own apt is neither changed nor asked to install anything.
 
+use crate::apt::{Indexes, Kind, Suite, field, output};
 use anyhow::{Context, Result, bail, ensure};
 use std::{
     collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
-    time::Duration,
+    process::Command,
 };
 
-/// Where Debian is, if the machine's own configuration doesn't say.
-const MIRROR: &str = "http://deb.debian.org/debian";
-const SECURITY_MIRROR: &str = "http://deb.debian.org/debian-security";
-const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Releases that bring kernels; true: those of the security archive.
-const SUITES: [(&str, bool); 5] =
+const SUITES: [Suite; 5] =
     [("bookworm", false), ("bookworm-security", true), ("trixie", false), ("trixie-security", true), ("sid", false)];
 /// The package whose versions and dependencies lead to all others. Kernels for clouds need few modules.
 const PACKAGE: &str = "linux-image-cloud-amd64";
-/// Indexes older than this are fetched again.
-const FRESH: Duration = Duration::from_secs(24 * 3600);
 
 /// A kernel that can be booted.
 #[derive(Clone, Debug)]
@@ -78,95 +72,27 @@ fn numbers(version: &str) -> Vec<u64> {
     version.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse().ok()).collect()
 }
 
-/// `apt-get` or `apt-cache` with a configuration of its own.
-fn apt(program: &str, cache: &Path) -> Command {
-    let mut command = Command::new(program);
-    command.env("APT_CONFIG", cache.join("apt/apt.conf")).stdin(Stdio::null());
-    command
+/// Debian's indexes.
+fn indexes(cache: &Path) -> Result<Indexes> {
+    Indexes::open(cache, Kind::Packages, &SUITES, "vm-test")
 }
 
-fn output(command: &mut Command) -> Result<String> {
-    let output = command.output().with_context(|| format!("{command:?} can't be started"))?;
-    let (text, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    ensure!(output.status.success(), "{command:?} ended with {}: {errors}", output.status);
-    Ok(text.into_owned())
-}
-
-/// The kernels in Debian's indexes.
+/// The kernels in them.
 fn versions(cache: &Path) -> Result<Vec<String>> {
-    let stamp = cache.join("apt/fetched");
-    let age = fs::metadata(&stamp).and_then(|meta| meta.modified()).ok().and_then(|time| time.elapsed().ok());
-    if age.is_none_or(|age| age > FRESH) {
-        configure(cache)?;
-        eprintln!("vm-test: fetching Debian's package indexes");
-        let fetched = output(apt("apt-get", cache).args(["-qq", "--error-on=any", "update"]));
-        match fetched {
-            Ok(_) => fs::write(&stamp, "")?,
-            // An old index is as good: what it names is still there, or the download will say so.
-            Err(error) if age.is_some() => eprintln!("vm-test: the indexes of last time are used: {error:#}"),
-            Err(error) => return Err(error),
-        }
-    }
-    let shown = output(apt("apt-cache", cache).args(["show", PACKAGE]))?;
+    let shown = output(indexes(cache)?.apt("apt-cache").args(["show", PACKAGE]))?;
     let versions: Vec<_> = field(&shown, "Version").map(str::to_owned).collect();
     ensure!(!versions.is_empty(), "no index has {PACKAGE}");
     Ok(versions)
 }
 
-/// The values of a field in what apt-cache shows.
-fn field<'a>(shown: &'a str, name: &'a str) -> impl Iterator<Item = &'a str> {
-    shown.lines().filter_map(move |line| line.strip_prefix(name)?.strip_prefix(": "))
-}
-
-/// Writes a configuration of apt that is all our own, but for how the machine reaches its mirrors.
-fn configure(cache: &Path) -> Result<()> {
-    let apt = cache.join("apt");
-    for folder in ["lists/partial", "archives/partial", "parts", "preferences"] {
-        fs::create_dir_all(apt.join(folder))?;
-    }
-    fs::write(apt.join("status"), "")?;
-    let (mirror, security) = mirrors();
-    let signed = if Path::new(KEYRING).exists() { format!(" signed-by={KEYRING}") } else { String::new() };
-    let line = |(suite, of_security): (&str, bool)| {
-        let mirror = if of_security { &security } else { &mirror };
-        format!("deb [arch=amd64 target=Packages{signed}] {mirror} {suite} main\n")
-    };
-    fs::write(apt.join("sources.list"), SUITES.map(line).concat())?;
-    // Proxies and the like; not what the machine does with its own indexes.
-    let known = output(Command::new("apt-config").arg("dump")).unwrap_or_default();
-    let reach = known.lines().filter(|line| line.starts_with("Acquire::") && !line.contains("::IndexTargets"));
-    let mut text: String = reach.map(|line| format!("{line}\n")).collect();
-    let own = apt.display();
-    text += &format!(
-        "Dir::State::lists \"{own}/lists\";\nDir::State::status \"{own}/status\";\nDir::Cache \"{own}\";\n\
-         Dir::Cache::archives \"{own}/archives\";\nDir::Etc::sourcelist \"{own}/sources.list\";\n\
-         Dir::Etc::sourceparts \"{own}/parts\";\nDir::Etc::parts \"{own}/parts\";\nDir::Etc::main \"{own}/none\";\n\
-         Dir::Etc::preferences \"{own}/none\";\nDir::Etc::preferencesparts \"{own}/preferences\";\n\
-         APT::Architecture \"amd64\";\nAPT::Architectures:: \"amd64\";\nAPT::Sandbox::User \"\";\nAcquire::Languages \"none\";\n"
-    );
-    fs::write(apt.join("apt.conf"), text)?;
-    Ok(())
-}
-
-/// The mirrors that this machine's apt knows.
-fn mirrors() -> (String, String) {
-    let targets = output(Command::new("apt-get").args(["indextargets", "--format", "$(ORIGIN)|$(LABEL)|$(REPO_URI)"]));
-    let targets = targets.unwrap_or_default();
-    let of = |label: &str, otherwise: &str| {
-        let start = format!("Debian|{label}|");
-        let known = targets.lines().find_map(|line| line.strip_prefix(&start));
-        known.filter(|uri| uri.starts_with("http")).unwrap_or(otherwise).to_owned()
-    };
-    (of("Debian", MIRROR), of("Debian-Security", SECURITY_MIRROR))
-}
-
 /// All packages that make up a kernel: those it depends on in exactly one version. (Newer kernels come as several packages,
 /// and the one called image is empty.)
 fn parts(version: &str, cache: &Path) -> Result<BTreeSet<String>> {
+    let indexes = indexes(cache)?;
     let mut found = BTreeSet::new();
     let mut open = vec![format!("{PACKAGE}={version}")];
     while let Some(package) = open.pop() {
-        let shown = output(apt("apt-cache", cache).args(["show", &package]))?;
+        let shown = output(indexes.apt("apt-cache").args(["show", &package]))?;
         for needed in field(&shown, "Depends").flat_map(|line| line.split(", ")) {
             let Some((name, exact)) = needed.split_once(" (= ") else { continue };
             let part = format!("{name}={}", exact.trim_end_matches(')'));
@@ -186,7 +112,7 @@ fn fetch(version: &str, cache: &Path, folder: &Path) -> Result<()> {
     let fresh = cache.join(format!("fetching-{}-{}", file_name(version), std::process::id()));
     let result = (|| {
         fs::create_dir_all(fresh.join("packages"))?;
-        output(apt("apt-get", cache).current_dir(fresh.join("packages")).arg("download").args(&parts))?;
+        output(indexes(cache)?.apt("apt-get").current_dir(fresh.join("packages")).arg("download").args(&parts))?;
         for package in fs::read_dir(fresh.join("packages"))? {
             output(Command::new("dpkg-deb").arg("-x").arg(package?.path()).arg(&fresh))?;
         }

@@ -4,6 +4,7 @@
 //! This library is the outer half; `src/guest` is process 1 of the inner half. What they say to each other is in [`protocol`].
 //! It starts no process that outlives a call: the caller owns QEMU.
 
+pub mod apt;
 pub mod archive;
 pub mod compile;
 pub mod kernels;

@@ -14,6 +14,7 @@ mod programs;
 mod setup;
 mod snapshot;
 mod soak;
+mod study;
 mod test;
 mod vm_test;
 mod workers;
@@ -63,6 +64,8 @@ enum Task {
     Programs(programs::Options),
     /// Patch and repair servers under load for a long time: nothing may fail, nothing may grow.
     Soak(soak::Options),
+    /// Make patches of real fixes from Debian's sources, and try each on the live server that it is for.
+    Study(study::Options),
 }
 
 fn main() -> ExitCode {
@@ -76,6 +79,7 @@ fn main() -> ExitCode {
         Task::Bench { what, json, rounds } => bench::run(what, json, rounds),
         Task::Programs(options) => programs::run(&options),
         Task::Soak(options) => soak::run(&options),
+        Task::Study(options) => study::run(&options),
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -104,6 +104,21 @@ pub fn install_packages(packages: &[&str]) -> Result<()> {
     installed
 }
 
+/// Installs the packages among these that are missing.
+pub fn packages_for(purpose: &str, packages: &[&str]) -> Result<()> {
+    let is_installed = |package: &&str| {
+        let status = Command::new("dpkg-query").args(["-W", "-f", "${db:Status-Status}", package]).output();
+        status.is_ok_and(|output| output.stdout == b"installed")
+    };
+    let mut missing: Vec<&str> = packages.iter().copied().filter(|package| !is_installed(package)).collect();
+    missing.sort_unstable();
+    missing.dedup();
+    if !missing.is_empty() {
+        eprintln!("setup: missing for {purpose}: {}", missing.join(" "));
+    }
+    install_packages(&missing)
+}
+
 /// apt-get with words of its own only where it fails.
 fn apt_get(arguments: &[&str]) -> Result<()> {
     eprintln!("setup: apt-get {}", arguments.join(" "));
