@@ -171,48 +171,83 @@ impl FileDiff {
     /// # Errors
     /// The text is another than the diff was made for.
     pub fn apply(&self, file: &str, text: &[u8]) -> Result<Vec<u8>, DiffError> {
-        let lines: Vec<&[u8]> = text.split_inclusive(|&byte| byte == b'\n').collect();
-        let keeps_numbers = is_c(file) && self.old.is_some();
-        let mut output =
-            Output { bytes: Vec::with_capacity(text.len() + 256), scanner: Scanner::default(), pending: false };
+        let mut text = if self.old.is_some() { Text::read(text) } else { Text::default() };
+        text.change(self, file)?;
+        Ok(text.write(file))
+    }
+}
+
+/// A text that diffs change, one after the other: what stays remembers its line in the text as it was.
+#[derive(Clone, Debug, Default)]
+pub struct Text {
+    lines: Vec<Line>,
+}
+
+#[derive(Clone, Debug)]
+struct Line {
+    bytes: Vec<u8>,
+    /// Its number, from 0, before any change; none: it is new.
+    number: Option<usize>,
+}
+
+impl Text {
+    /// A text as it is.
+    #[must_use]
+    pub fn read(text: &[u8]) -> Self {
+        let lines = text.split_inclusive(|&byte| byte == b'\n').enumerate();
+        Self { lines: lines.map(|(number, line)| Line { bytes: line.to_vec(), number: Some(number) }).collect() }
+    }
+
+    /// Changes it by a file's part of a diff.
+    ///
+    /// # Errors
+    /// The text is another than the diff was made for.
+    pub fn change(&mut self, diff: &FileDiff, file: &str) -> Result<(), DiffError> {
+        let old: Vec<&[u8]> = self.lines.iter().map(|line| line.bytes.as_slice()).collect();
+        let mut lines = Vec::with_capacity(old.len());
         let (mut at, mut shift) = (0, 0_isize);
-        for (number, hunk) in self.hunks.iter().enumerate() {
+        for (number, hunk) in diff.hunks.iter().enumerate() {
             let wanted = (hunk.start as isize - 1 + shift).max(0) as usize;
-            let place = find(&lines, hunk, at, wanted).ok_or_else(|| DiffError::DoesNotFit {
+            let place = find(&old, hunk, at, wanted).ok_or_else(|| DiffError::DoesNotFit {
                 file: file.to_owned(),
                 hunk: number + 1,
                 line: hunk.start,
             })?;
             shift = place as isize - (hunk.start as isize - 1);
-            for (line, text) in lines.iter().enumerate().take(place).skip(at) {
-                output.keep(text, line, keeps_numbers);
-            }
+            lines.extend_from_slice(&self.lines[at..place]);
             at = place;
-            let mut longer = 0_isize;
-            for (edit, text) in &hunk.lines {
+            for (edit, bytes) in &hunk.lines {
                 match edit {
-                    Edit::Keep => {
-                        output.pending |= longer != 0;
-                        longer = 0;
-                        output.keep(lines[at], at, keeps_numbers);
-                        at += 1;
-                    }
-                    Edit::Remove => {
-                        longer -= 1;
-                        at += 1;
-                    }
-                    Edit::Add => {
-                        longer += 1;
-                        output.put(text);
-                    }
+                    Edit::Keep => lines.push(self.lines[at].clone()),
+                    Edit::Remove => {}
+                    Edit::Add => lines.push(Line { bytes: bytes.clone(), number: None }),
                 }
+                at += usize::from(*edit != Edit::Add);
             }
-            output.pending |= longer != 0;
         }
-        for (line, text) in lines.iter().enumerate().skip(at) {
-            output.keep(text, line, keeps_numbers);
+        lines.extend_from_slice(&self.lines[at..]);
+        self.lines = lines;
+        Ok(())
+    }
+
+    /// The text of `file` now; with `#line` where that keeps the numbers of what stays.
+    #[must_use]
+    pub fn write(&self, file: &str) -> Vec<u8> {
+        let keeps_numbers = is_c(file);
+        let mut output = Output { bytes: Vec::new(), scanner: Scanner::default() };
+        // The number that the compiler gives the next line.
+        let mut counted = 0;
+        for line in &self.lines {
+            if let Some(number) = line.number.filter(|number| keeps_numbers && *number != counted)
+                && output.scanner.is_between_statements()
+            {
+                output.put(format!("#line {}\n", number + 1).as_bytes());
+                counted = number;
+            }
+            output.put(&line.bytes);
+            counted += 1;
         }
-        Ok(output.bytes)
+        output.bytes
     }
 }
 
@@ -243,8 +278,6 @@ fn is_c(file: &str) -> bool {
 struct Output {
     bytes: Vec<u8>,
     scanner: Scanner,
-    /// The numbers are wrong from here on.
-    pending: bool,
 }
 
 impl Output {
@@ -255,15 +288,6 @@ impl Output {
         }
         self.bytes.extend_from_slice(line);
         self.scanner.line(line);
-    }
-
-    /// A line that stays, the `number`th of the old text from 0.
-    fn keep(&mut self, line: &[u8], number: usize, keeps_numbers: bool) {
-        if keeps_numbers && self.pending && self.scanner.is_between_statements() {
-            self.pending = false;
-            self.put(format!("#line {}\n", number + 1).as_bytes());
-        }
-        self.put(line);
     }
 }
 
@@ -384,6 +408,21 @@ mod tests {
         assert!(!applied(&header, SOURCE).expect("it fits").contains("#line"));
         let same_length = "--- a/f.c\n+++ b/f.c\n@@ -1 +1 @@\n-int a;\n+int b;\n";
         assert_eq!(applied(same_length, SOURCE).expect("it fits"), SOURCE.replace("int a", "int b"));
+    }
+
+    #[test]
+    fn a_diff_fits_what_the_one_before_it_made() {
+        // The second has a line of the first among its context; numbers are those of the text before both.
+        let first = "--- a/f.c\n+++ b/f.c\n@@ -2,3 +2,4 @@\n int f(int x)\n {\n+    check(x);\n     log(x,\n";
+        let second = "--- a/f.c\n+++ b/f.c\n@@ -4,3 +4,4 @@\n     check(x);\n     log(x,\n+        y,\n         1);\n";
+        let mut text = Text::read(SOURCE.as_bytes());
+        for diff in [first, second] {
+            text.change(&Diff::parse(diff.as_bytes()).expect("a diff").files[0], "f.c").expect("it fits");
+        }
+        let expected = SOURCE
+            .replace("    log(x,\n", "    check(x);\n#line 4\n    log(x,\n        y,\n")
+            .replace("    return", "#line 6\n    return");
+        assert_eq!(String::from_utf8(text.write("f.c")).expect("text"), expected);
     }
 
     #[test]

@@ -4,7 +4,7 @@
 
 use super::{
     assemble::{self, AssembleError, Facts, Pair, Verdict},
-    diff::{Diff, DiffError},
+    diff::{Diff, DiffError, Text},
     wrapper::{self, Record},
 };
 use crate::image::{Image, SymbolKind};
@@ -208,12 +208,13 @@ type Change = (PathBuf, Option<Vec<u8>>);
 
 /// The new contents of all files that the diffs change.
 fn changes(diffs: &[(String, Diff)], tree: &Path) -> Result<Vec<Change>, BuildError> {
-    let mut changed: Vec<Change> = Vec::new();
+    // Numbers of lines are written at last: what one diff adds is context of the next.
+    let mut changed: Vec<(PathBuf, Option<Text>)> = Vec::new();
     for (name, diff) in diffs {
+        let is_there =
+            |path: &str| tree.join(path).is_file() || changed.iter().any(|(known, _)| known == Path::new(path));
         let exists = |strip: &usize| {
-            diff.files
-                .iter()
-                .all(|file| file.old.is_none() || file.path(*strip).is_some_and(|path| tree.join(path).is_file()))
+            diff.files.iter().all(|file| file.old.is_none() || file.path(*strip).is_some_and(|path| is_there(&path)))
         };
         let Some(strip) = (0..4).find(exists) else {
             let missing = diff.files.iter().find_map(|file| file.path(1)).unwrap_or_default();
@@ -224,13 +225,12 @@ fn changes(diffs: &[(String, Diff)], tree: &Path) -> Result<Vec<Change>, BuildEr
         for file in &diff.files {
             let Some(path) = file.path(strip).map(PathBuf::from) else { continue };
             let known = changed.iter().position(|(other, _)| *other == path);
-            let text = match known {
-                Some(known) => changed[known].1.clone().unwrap_or_default(),
-                None if file.old.is_none() => Vec::new(),
-                None => fs::read(tree.join(&path)).map_err(at(&path))?,
+            let mut text = match known {
+                Some(known) => changed[known].1.take().unwrap_or_default(),
+                None if file.old.is_none() => Text::default(),
+                None => Text::read(&fs::read(tree.join(&path)).map_err(at(&path))?),
             };
-            let text = file
-                .apply(&path.display().to_string(), &text)
+            text.change(file, &path.display().to_string())
                 .map_err(|error| BuildError::Diff { file: name.clone(), error })?;
             let text = file.new.as_ref().map(|_| text);
             match known {
@@ -239,7 +239,11 @@ fn changes(diffs: &[(String, Diff)], tree: &Path) -> Result<Vec<Change>, BuildEr
             }
         }
     }
-    Ok(changed)
+    let write = |(path, text): (PathBuf, Option<Text>)| {
+        let text = text.map(|text| text.write(&path.display().to_string()));
+        (path, text)
+    };
+    Ok(changed.into_iter().map(write).collect())
 }
 
 fn write(path: &Path, text: &Option<Vec<u8>>) -> Result<(), BuildError> {
