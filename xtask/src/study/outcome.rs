@@ -86,6 +86,9 @@ pub struct Outcome {
     pub answers: u64,
     /// Why there is no patch, or what failed.
     pub why: Option<String>,
+    /// What the corpus says besides.
+    #[serde(default)]
+    pub note: Option<String>,
     /// What was done.
     pub steps: Vec<Step>,
     /// The fix's file when it was studied.

@@ -114,6 +114,9 @@ pub fn markdown(outcomes: &[Outcome]) -> String {
 }
 
 fn seen(outcome: &Outcome) -> String {
+    if let (Verdict::InAndOut | Verdict::NoPatch, Some(note)) = (outcome.verdict, &outcome.note) {
+        return note.clone();
+    }
     match (outcome.verdict, &outcome.why) {
         (Verdict::Repaired, _) if outcome.reproduced => "answers differ, before and after".to_owned(),
         (Verdict::Repaired, _) => format!("new code ran: {}", outcome.ran.join(", ")),
@@ -153,6 +156,7 @@ pub mod tests {
             gate_us: None,
             answers: 0,
             why: (verdict >= Verdict::NoPatch).then(|| "a | reason\nin two lines".to_owned()),
+            note: None,
             steps: Vec::new(),
             described: String::new(),
         }

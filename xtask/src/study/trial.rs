@@ -77,6 +77,7 @@ pub fn run(bench: Bench, package: &Package, fix: &Fix, source: &mut Source) -> R
         gate_us: None,
         answers: 0,
         why: None,
+        note: fix.note.clone(),
         steps: Vec::new(),
         described,
     };
@@ -398,6 +399,7 @@ pub fn failed(package: &Package, fix: &Fix, error: &Error) -> Outcome {
         gate_us: None,
         answers: 0,
         why: Some(format!("{error:#}")),
+        note: None,
         steps: Vec::new(),
         described: String::new(),
     }
