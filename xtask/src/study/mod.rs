@@ -4,6 +4,7 @@
 mod breakpoint;
 mod corpus;
 mod outcome;
+mod paper;
 mod picture;
 mod server;
 mod source;
@@ -134,7 +135,7 @@ fn study(bench: Bench, package: &Package, resume: bool) -> Result<Vec<Outcome>> 
 
 /// Writes table, data and picture.
 fn report(outcomes: &[Outcome], folder: &Path) -> Result<()> {
-    fs::write(folder.join("study.md"), table::markdown(outcomes))?;
+    fs::write(folder.join("study.md"), table::markdown(outcomes) + "\n" + &paper::summary()?)?;
     fs::write(folder.join("study.json"), serde_json::to_vec_pretty(outcomes)?)?;
     picture::write(&folder.join("study.svg"), outcomes).context("the picture")
 }
