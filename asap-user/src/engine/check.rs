@@ -11,6 +11,7 @@ use crate::{
     kernel::{self, Ebpf, KernelError, LifeCycles, Series},
     process::{
         info::{self, ProcessInfo},
+        memory::Memory,
         ptrace::{Stopped, Stopping, TraceError},
     },
     quiesce::{
@@ -48,6 +49,27 @@ impl Observers {
     /// The eBPF programs, if this kernel takes them.
     fn ebpf(&self) -> Result<&Ebpf, String> {
         self.ebpf.as_ref().map_err(Clone::clone)
+    }
+
+    /// Where the threads of a process are: each with its stack, innermost first, as far as `unwinder` knows the way.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn frames(
+        &self,
+        pid: i32,
+        memory: &Memory,
+        unwinder: &mut Unwinder,
+    ) -> io::Result<Vec<(i32, Vec<TargetAddr>)>> {
+        let mut open = OpenThreads::default();
+        let mut snapshots = self.ebpf().ok().map(|ebpf| Snapshots(ebpf, ebpf.series()));
+        let _watched = watchdog::section("a look at all threads", CHECK_LIMIT);
+        let mut observer = Observer::new(pid, memory, unwinder, &[], &mut open);
+        if let Some(snapshots) = &mut snapshots {
+            observer = observer.with_snapshots(snapshots);
+        }
+        let seen = observer.observe(HashMap::new())?;
+        Ok(seen.into_values().map(|found| (found.tid, found.frames)).collect())
     }
 
     /// Children of all threads of `pid`. Without eBPF that takes a file for each thread.

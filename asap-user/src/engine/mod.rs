@@ -354,7 +354,8 @@ impl Operations for Engine {
             self.watch.discovered(&self.targets);
             self.watch.follow(&self.targets, &self.observers);
         }
-        let sandboxed = self.targets.values_mut().filter_map(sandbox::look_after).min();
+        let observers = &self.observers;
+        let sandboxed = self.targets.values_mut().filter_map(|target| sandbox::look_after(target, observers)).min();
         // Nobody else would let them go: they would stay stopped.
         let latecomers = (release_latecomers() > 0).then_some(LATECOMERS);
         self.watch.next_look(&self.targets).into_iter().chain(latecomers).chain(sandboxed).min()

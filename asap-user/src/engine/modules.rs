@@ -66,7 +66,7 @@ impl ImageCache {
     }
 
     /// The image behind an executable mapping; `None` for what is no ELF image of ours to understand.
-    fn image(&mut self, pid: i32, mapping: &Mapping, memory: &Memory) -> Option<Arc<Image>> {
+    pub fn image(&mut self, pid: i32, mapping: &Mapping, memory: &Memory) -> Option<Arc<Image>> {
         if mapping.name == "[vdso]" {
             let bytes = memory.bytes(mapping.range.start, mapping.len().min(VDSO_MOST) as usize).ok()?;
             return Image::parse("[vdso]", ImageBytes::from(bytes)).ok().map(Arc::new);

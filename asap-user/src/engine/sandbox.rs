@@ -4,22 +4,36 @@ use super::{
     Engine,
     check::Observers,
     dump,
+    modules::ImageCache,
     process::{TargetProcess, explain, gone},
     target::Target,
 };
 use crate::{
     cancel,
-    process::maps::Mapping,
+    dbt::{Outcome, SiteKind},
+    process::{curtain, maps::Mapping},
+    quiesce::unwind::Unwinder,
     report::{
-        AttachRequest, Failure, Operations, Progress, SandboxAction, SandboxProcess, SandboxReport, SandboxRequest,
-        TargetState,
+        AttachRequest, Failure, Operations, Progress, SandboxAction, SandboxFamily, SandboxProcess, SandboxReport,
+        SandboxRequest, SiteCount, TargetState,
     },
-    sandbox::{self, Host, Record, SandboxError, Session},
+    sandbox::{
+        self, Family, Host, Record, SandboxError, Session,
+        policy::{OnExec, Policy},
+    },
 };
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 /// Runs `work` with what the sandbox needs of a process.
-fn with_host<R>(process: &mut TargetProcess, work: impl FnOnce(&mut Host<'_>, &mut Option<Session>) -> R) -> R {
+fn with_host<R>(
+    process: &mut TargetProcess,
+    observers: &Observers,
+    work: impl FnOnce(&mut Host<'_>, &mut Option<Session>) -> R,
+) -> R {
     let ledger = process.book.ledger.clone();
     let home = process.book.home();
     let is_ours = move |mapping: &Mapping| {
@@ -30,11 +44,20 @@ fn with_host<R>(process: &mut TargetProcess, work: impl FnOnce(&mut Host<'_>, &m
         own || spares || patches || ledger.staging.iter().chain(&ledger.leftover).chain(&ledger.lingering).any(holds)
     };
     let TargetProcess { pid, puppet, memory, book, sandbox, .. } = process;
-    let memory = &*memory;
+    let (pid, memory) = (*pid, &*memory);
     let mut write = |record: Option<&Record>| {
         book.update(memory, |ledger| ledger.sandbox = record.cloned()).map_err(|error| error.to_string())
     };
-    work(&mut Host { pid: *pid, puppet, memory, is_ours: &is_ours, write: &mut write }, sandbox)
+    let mut images = ImageCache::default();
+    let mut image = |mapping: &Mapping| {
+        let image = images.image(pid, mapping, memory)?;
+        let bias = image.load_bias(mapping.range.start, mapping.file_offset)?;
+        Some((image, bias))
+    };
+    let mut frames = |unwinder: &mut Unwinder| observers.frames(pid, memory, unwinder);
+    let host =
+        &mut Host { pid, puppet, memory, is_ours: &is_ours, write: &mut write, image: &mut image, frames: &mut frames };
+    work(host, sandbox)
 }
 
 fn failure(process: &TargetProcess, error: SandboxError) -> Failure {
@@ -51,33 +74,45 @@ fn failure(process: &TargetProcess, error: SandboxError) -> Failure {
     }
 }
 
-/// Takes a process in, if it is not in yet.
-fn enter(process: &mut TargetProcess) -> Result<(), Failure> {
-    if process.sandbox.is_some() {
-        return Ok(());
+/// What guards a process.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Guarded {
+    policy: Policy,
+    learns: bool,
+}
+
+impl Guarded {
+    fn of(record: &Record) -> Self {
+        Self { policy: record.policy.clone(), learns: record.learns }
     }
-    recover(process)?;
-    if process.sandbox.is_some() {
-        return Ok(());
+}
+
+/// Takes a process in, if it is not in yet, or is guarded otherwise.
+fn enter(process: &mut TargetProcess, observers: &Observers, guarded: &Guarded) -> Result<(), Failure> {
+    recover(process, observers)?;
+    match &process.book.ledger.sandbox {
+        Some(record) if Guarded::of(record) == *guarded => return Ok(()),
+        Some(_) => leave(process, observers)?,
+        None => {}
     }
-    let entered = with_host(process, |host, session| {
-        Session::enter(host).map(|(entered, _)| {
+    let entered = with_host(process, observers, |host, session| {
+        Session::enter(host, &guarded.policy, guarded.learns).map(|(entered, _)| {
             *session = Some(entered);
         })
     });
     entered.map_err(|error| failure(process, error))?;
-    follow(process)
+    follow(process, observers)
 }
 
 /// Takes a process out, if it is in.
-fn leave(process: &mut TargetProcess) -> Result<(), Failure> {
+fn leave(process: &mut TargetProcess, observers: &Observers) -> Result<(), Failure> {
     let Some(mut found) = process.book.ledger.sandbox.clone() else {
         process.sandbox = None;
         return Ok(());
     };
-    let left = with_host(process, |host, session| match session.take() {
+    let left = with_host(process, observers, |host, session| match session.take() {
         Some(session) => session.leave(host, &mut found),
-        None => sandbox::leave(host, &mut found),
+        None => sandbox::leave(host, &mut found, &[]),
     });
     left.map_err(|error| Failure { state: TargetState::PartlyDone, ..failure(process, error) })?;
     look_behind(process)?;
@@ -100,28 +135,40 @@ fn leave(process: &mut TargetProcess) -> Result<(), Failure> {
 ///
 /// # Errors
 /// The process is gone.
-pub fn recover(process: &mut TargetProcess) -> Result<(), Failure> {
+pub fn recover(process: &mut TargetProcess, observers: &Observers) -> Result<(), Failure> {
     let Some(found) = process.book.ledger.sandbox.clone() else { return Ok(()) };
     if process.sandbox.is_some() {
         return Ok(());
     }
-    let settled = with_host(process, |host, _| sandbox::settle(host, found));
+    let guarded = Guarded::of(&found);
+    let settled = with_host(process, observers, |host, _| sandbox::settle(host, found));
     let settled = settled.map_err(|error| failure(process, error))?;
     look_behind(process)?;
     process.refresh_gadgets()?;
     let Some(record) = settled else { return Ok(()) };
-    with_host(process, |host, session| match Session::resume(host, &record) {
-        Ok(resumed) => *session = Some(resumed),
-        Err(error) => tracing::warn!(pid = host.pid, %error, "its pages stay open"),
+    let is_kept = with_host(process, observers, |host, session| match Session::resume(host, &record) {
+        Ok(resumed) => {
+            *session = resumed;
+            session.is_some()
+        }
+        Err(error) => {
+            tracing::warn!(pid = host.pid, %error, "its pages stay open");
+            true
+        }
     });
     crate::fault::point("sandbox.recovered");
-    follow(process)
+    if !is_kept {
+        // Its agent has died, and its guards let everybody pass since then.
+        leave(process, observers)?;
+        return enter(process, observers, &guarded);
+    }
+    follow(process, observers)
 }
 
 /// Follows what the process maps and unmaps.
-fn follow(process: &mut TargetProcess) -> Result<(), Failure> {
+fn follow(process: &mut TargetProcess, observers: &Observers) -> Result<(), Failure> {
     let Some(mut record) = process.book.ledger.sandbox.clone() else { return Ok(()) };
-    let followed = with_host(process, |host, session| match session {
+    let followed = with_host(process, observers, |host, session| match session {
         Some(session) => session.follow(host, &mut record).map(drop),
         None => Ok(()),
     });
@@ -148,11 +195,11 @@ pub fn look_behind(process: &TargetProcess) -> Result<(), Failure> {
 const LOOK: Duration = Duration::from_millis(50);
 
 /// Looks after what processes map and unmap, between requests. Gives when to do so again.
-pub fn look_after(target: &mut Target) -> Option<Duration> {
+pub fn look_after(target: &mut Target, observers: &Observers) -> Option<Duration> {
     let mut inside = false;
     for process in target.processes.values_mut().filter(|process| process.sandbox.is_some()) {
         inside = true;
-        if let Err(failure) = follow(process)
+        if let Err(failure) = follow(process, observers)
             && process.is_alive()
         {
             tracing::warn!(pid = process.pid, %failure, "new code stays native");
@@ -173,7 +220,7 @@ pub fn leave_all(target: &mut Target, observers: &Observers) -> Result<(), Failu
         let mut any = false;
         for process in inside {
             any = true;
-            match leave(process) {
+            match leave(process, observers) {
                 Err(_) if !process.is_alive() => {}
                 left => left?,
             }
@@ -185,11 +232,20 @@ pub fn leave_all(target: &mut Target, observers: &Observers) -> Result<(), Failu
     }
 }
 
-fn enter_all(target: &mut Target, observers: &Observers, progress: &mut dyn FnMut(Progress)) -> Result<(), Failure> {
+fn enter_all(
+    target: &mut Target,
+    observers: &Observers,
+    guarded: &Guarded,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<(), Failure> {
+    let is_in = |process: &TargetProcess| {
+        let record = process.book.ledger.sandbox.as_ref();
+        process.sandbox.is_some() && record.is_some_and(|record| Guarded::of(record) == *guarded)
+    };
     loop {
         target.discover(observers)?;
         let outside: Vec<i32> =
-            target.processes.values().filter(|process| process.sandbox.is_none()).map(|process| process.pid).collect();
+            target.processes.values().filter(|process| !is_in(process)).map(|process| process.pid).collect();
         if outside.is_empty() {
             return Ok(());
         }
@@ -199,7 +255,7 @@ fn enter_all(target: &mut Target, observers: &Observers, progress: &mut dyn FnMu
             }
             progress(Progress { step: format!("process {pid} enters the sandbox"), fraction: None });
             let Some(process) = target.processes.get_mut(&pid) else { continue };
-            match enter(process) {
+            match enter(process, observers, guarded) {
                 Err(_) if !process.is_alive() => {}
                 entered => entered?,
             }
@@ -236,11 +292,64 @@ fn report(target: &Target, begin: Instant) -> SandboxReport {
     SandboxReport {
         pid: target.root,
         processes: target.processes.values().map(of_process).collect(),
-        families: Vec::new(),
+        families: families(target),
         dump: None,
         total_us: super::micros_since(begin),
         notes,
     }
+}
+
+/// What is told of translated code, by the processes that share it.
+fn families(target: &Target) -> Vec<SandboxFamily> {
+    let mut found: BTreeMap<u64, (Arc<Family>, Vec<i32>)> = BTreeMap::new();
+    for process in target.processes.values() {
+        for family in process.sandbox.iter().flat_map(Session::families) {
+            found.entry(family.id).or_insert_with(|| (Arc::clone(family), Vec::new())).1.push(process.pid);
+        }
+    }
+    found.into_values().map(|(family, pids)| told(&family, pids)).collect()
+}
+
+fn told(family: &Family, pids: Vec<i32>) -> SandboxFamily {
+    let figures = family.figures();
+    let site = |((kind, outcome), &count): (&(SiteKind, Outcome), &u64)| {
+        let (is_guarded, reason) = match outcome {
+            Outcome::Done(form) => (true, words(form)),
+            Outcome::Needless(why) => (true, words(why)),
+            Outcome::Native(why) => (false, words(why)),
+        };
+        SiteCount { kind: words(kind), is_guarded, reason, count }
+    };
+    let record = curtain::lock(&family.shared.record);
+    SandboxFamily {
+        pids,
+        policy: family.shared.policy.clone(),
+        pages: figures.pages,
+        fragments: figures.fragments,
+        sites: figures.counts.0.iter().map(site).collect(),
+        stops: record.stops.iter().map(|(what, count)| ((*what).to_owned(), *count)).collect(),
+        violations: record.violations.iter().cloned().collect(),
+        violation_count: record.violation_count,
+        refused: figures.refused,
+        learned: record.learned.clone(),
+    }
+}
+
+/// The name of a variant as words.
+fn words(of: impl std::fmt::Debug) -> String {
+    let mut words = String::new();
+    for letter in format!("{of:?}").chars() {
+        match letter {
+            'A'..='Z' if words.chars().last().is_some_and(char::is_lowercase) => {
+                words.push(' ');
+                words.extend(letter.to_lowercase());
+            }
+            '(' => words.push_str(": "),
+            ')' => {}
+            letter => words.extend(letter.to_lowercase()),
+        }
+    }
+    words
 }
 
 impl Engine {
@@ -252,10 +361,10 @@ impl Engine {
         let begin = Instant::now();
         self.watch.was_disturbed();
         self.bury_dead();
-        if request.action == SandboxAction::Enter && (!request.policy.guards.is_empty() || request.learns) {
+        if request.action == SandboxAction::Enter && request.policy.on_exec == OnExec::Stay {
             return Err(Failure::refused(
-                "the sandbox of this version has no guards yet, and learns nothing",
-                "enter it without --guards, --policy and --learn",
+                "on-exec = \"stay\" is not available yet: a program that the process starts runs natively",
+                "write on-exec = \"leave\", or start such programs with `asap run`",
             ));
         }
         if let (SandboxAction::Enter, Some(pid)) = (request.action, request.pid)
@@ -270,7 +379,8 @@ impl Engine {
         let mut dump = None;
         match request.action {
             SandboxAction::Enter => {
-                if let Err(failure) = enter_all(target, observers, progress) {
+                let guarded = Guarded { policy: request.policy.clone(), learns: request.learns };
+                if let Err(failure) = enter_all(target, observers, &guarded, progress) {
                     let _to_the_end = cancel::hold_off();
                     leave_all(target, observers)?;
                     return Err(Failure { state: TargetState::RolledBack, ..failure });

@@ -34,8 +34,8 @@ pub struct Target {
 }
 
 /// Makes true what the ledger of a process says, whoever wrote it.
-fn recover(process: &mut TargetProcess) -> Result<(), Failure> {
-    sandbox::recover(process)?;
+fn recover(process: &mut TargetProcess, observers: &Observers) -> Result<(), Failure> {
+    sandbox::recover(process, observers)?;
     exchange::recover(process)
 }
 
@@ -65,15 +65,15 @@ impl Target {
             notes: Vec::new(),
             news: Vec::new(),
         };
-        if let Err(failure) = target.recover_all().and_then(|()| target.discover(observers).map(drop)) {
+        if let Err(failure) = target.recover_all(observers).and_then(|()| target.discover(observers).map(drop)) {
             target.leave_all();
             return Err(failure);
         }
         Ok(target)
     }
 
-    fn recover_all(&mut self) -> Result<(), Failure> {
-        self.processes.values_mut().try_for_each(recover)
+    fn recover_all(&mut self, observers: &Observers) -> Result<(), Failure> {
+        self.processes.values_mut().try_for_each(|process| recover(process, observers))
     }
 
     /// Notes the build-id of the executable, for reports.
@@ -101,7 +101,7 @@ impl Target {
             for pid in new {
                 match TargetProcess::attach(pid, &observers.children(pid)) {
                     Ok(mut process) => {
-                        recover(&mut process)?;
+                        recover(&mut process, observers)?;
                         self.processes.insert(pid, process);
                         found.push(pid);
                         attached = true;

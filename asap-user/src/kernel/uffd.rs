@@ -18,6 +18,8 @@ pub mod feature {
     pub const EVENT_REMAP: u64 = uapi::UFFD_FEATURE_EVENT_REMAP as u64;
     /// It tells which thread waits.
     pub const THREAD_ID: u64 = uapi::UFFD_FEATURE_THREAD_ID as u64;
+    /// It tells the address that was accessed, not that of its page (Linux 5.18).
+    pub const EXACT_ADDRESS: u64 = uapi::UFFD_FEATURE_EXACT_ADDRESS as u64;
     /// Threads wait at pages of shared memory that have their content.
     pub const MINOR_SHMEM: u64 = uapi::UFFD_FEATURE_MINOR_SHMEM as u64;
 }

@@ -30,6 +30,7 @@ use std::{
     collections::BTreeSet,
     fmt,
     fs::File,
+    io,
     ops::Range,
     os::{
         fd::{AsFd, BorrowedFd},
@@ -46,6 +47,9 @@ use std::{
 /// How the kernel names the memory in the memory map of the target.
 pub const NAME: &str = "/memfd:asap-text";
 const NAME_IN_CALL: &[u8] = b"asap-text\0";
+/// The same for code beside the text.
+pub const CACHE_NAME: &str = "/memfd:asap-cache";
+const CACHE_NAME_IN_CALL: &[u8] = b"asap-cache\0";
 
 /// How often readers say that they live, and how long they may fail to.
 const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -53,10 +57,14 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(5);
 /// How soon a page is tried again that the kernel could not open at that moment, milliseconds.
 const AGAIN: u8 = 1;
 
+/// Gives new memory its length and content.
+type Fill<'a> = &'a dyn Fn(&File) -> io::Result<()>;
+
 /// What is behind the pages of a curtain.
 pub trait Pages: Send {
-    /// Sees to it that what lies behind the page at `page` is what threads are to run. Called before each opening.
-    fn prepare(&mut self, page: TargetAddr);
+    /// Sees to it that what lies behind the page at `page` is what threads are to run. Called before each opening; the thread
+    /// that waits for it was about to fetch the byte at `at`, or the instruction that holds it.
+    fn prepare(&mut self, page: TargetAddr, at: TargetAddr);
     /// Who comes to this page is not to pass.
     fn catches(&self, page: TargetAddr) -> bool;
 }
@@ -151,21 +159,9 @@ impl Curtain {
         scratch: TargetAddr,
         content: &[u8],
     ) -> Result<(TargetAddr, File), GateError> {
-        let fail = |step| GateError::at(self.pid, step);
-        memory.write(scratch, NAME_IN_CALL).map_err(fail("writing a name"))?;
-        let arguments = [scratch.0, u64::from(libc::MFD_CLOEXEC), 0, 0, 0, 0];
-        let in_puppet = puppet.syscall("memfd_create", libc::SYS_memfd_create, arguments)?;
-        let filled = puppet.fd_of(in_puppet).map(File::from).and_then(|file| {
-            file.write_all_at(content, 0)?;
-            Ok(file)
-        });
         let length = content.len() as u64;
-        let mapped = match filled {
-            Ok(file) => userfault::map_text(puppet, in_puppet, 0, length).map(|at| (at, file)).map_err(GateError::from),
-            Err(error) => Err(fail("filling the memory")(error)),
-        };
-        puppet.syscall("close", libc::SYS_close, [in_puppet, 0, 0, 0, 0, 0])?;
-        let (at, file) = mapped?;
+        let fill = |file: &File| file.write_all_at(content, 0);
+        let (at, file) = self.map(puppet, memory, scratch, (NAME_IN_CALL, &fill), length, None)?;
         let range = at..at.offset(content.len() as i64);
         let ready = self.hide(puppet, &range).and_then(|()| self.register(&range));
         if let Err(error) = ready {
@@ -175,8 +171,48 @@ impl Curtain {
         Ok((at, file))
     }
 
+    /// Maps `length` bytes of memory at `place`, which must be free, and gives it: for code that is written piece by piece. Its
+    /// content must be there before a thread comes.
+    ///
+    /// # Errors
+    /// The kernel refuses the memory or the mapping; nothing is left.
+    pub fn prepare_at(
+        &self,
+        puppet: &mut Puppet,
+        memory: &Memory,
+        place: TargetAddr,
+        length: u64,
+    ) -> Result<File, GateError> {
+        let scratch = puppet.scratch();
+        let fill = |file: &File| file.set_len(length);
+        let (_, file) = self.map(puppet, memory, scratch, (CACHE_NAME_IN_CALL, &fill), length, Some(place))?;
+        Ok(file)
+    }
+
+    fn map(
+        &self,
+        puppet: &mut Puppet,
+        memory: &Memory,
+        scratch: TargetAddr,
+        (name, fill): (&[u8], Fill<'_>),
+        length: u64,
+        place: Option<TargetAddr>,
+    ) -> Result<(TargetAddr, File), GateError> {
+        let (in_puppet, file) = userfault::make_memory(puppet, memory, scratch, name)?;
+        let mapped = match fill(&file) {
+            Ok(()) => userfault::map_text(puppet, in_puppet, 0, length, place).map_err(GateError::from),
+            Err(error) => Err(GateError::at(self.pid, "filling the memory")(error)),
+        };
+        puppet.syscall("close", libc::SYS_close, [in_puppet, 0, 0, 0, 0, 0])?;
+        Ok((mapped?, file))
+    }
+
     /// A process that locks all its memory (mlockall(2)) has the pages of a new mapping at once: nobody would wait for them.
-    fn hide(&self, puppet: &mut Puppet, range: &Range<TargetAddr>) -> Result<(), GateError> {
+    /// Who comes to a page of `range` from now on waits there, if it is registered.
+    ///
+    /// # Errors
+    /// The puppet is gone.
+    pub fn hide(&self, puppet: &mut Puppet, range: &Range<TargetAddr>) -> Result<(), GateError> {
         super::locked::unlock_range(puppet, range)?;
         let arguments = [range.start.0, length(range) as u64, libc::MADV_DONTNEED as u64, 0, 0, 0];
         puppet.syscall("madvise", libc::SYS_madvise, arguments)?;
@@ -226,17 +262,35 @@ impl Curtain {
         self.shared.traps.load(Ordering::Relaxed)
     }
 
-    /// Readable when threads were caught.
+    /// For whoever looks after threads that are caught.
     #[must_use]
-    pub fn alarm(&self) -> BorrowedFd<'_> {
-        self.shared.alarm.as_fd()
+    pub fn caught(&self) -> Caught {
+        Caught(Arc::clone(&self.shared))
     }
 
-    /// Threads that came to a page that catches, since the last call.
+    /// Nobody answers at it any more: the address space is gone, and those of children too.
     #[must_use]
-    pub fn take_caught(&self) -> Vec<i32> {
-        let _ = self.shared.alarm.read();
-        std::mem::take(&mut *lock(&self.shared.caught))
+    pub fn is_dead(&self) -> bool {
+        self.reader.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+}
+
+/// Threads that came to where nobody passes.
+#[derive(Clone)]
+pub struct Caught(Arc<Shared>);
+
+impl Caught {
+    /// Readable when there are some.
+    #[must_use]
+    pub fn alarm(&self) -> BorrowedFd<'_> {
+        self.0.alarm.as_fd()
+    }
+
+    /// Those that came since the last call, as their process numbers them.
+    #[must_use]
+    pub fn take(&self) -> Vec<i32> {
+        let _ = self.0.alarm.read();
+        std::mem::take(&mut *lock(&self.0.caught))
     }
 }
 
@@ -269,7 +323,7 @@ struct Reader<'a> {
     /// The process's own, then those of its children.
     uffds: Vec<Arc<Uffd>>,
     shared: &'a Shared,
-    /// Pages that could not be opened yet: of which, and where.
+    /// Addresses that could not be let through yet: of which, and where.
     late: BTreeSet<(usize, u64)>,
     /// The page that was opened last.
     opened: Option<u64>,
@@ -308,8 +362,8 @@ impl Reader<'_> {
                 std::thread::sleep(Duration::from_millis(u64::from(AGAIN)));
             }
             if !self.shared.is_held.load(Ordering::SeqCst) {
-                for (index, page) in std::mem::take(&mut self.late) {
-                    self.answer(index, page);
+                for (index, at) in std::mem::take(&mut self.late) {
+                    self.answer(index, at);
                 }
             }
             if looked.elapsed() >= HEARTBEAT && self.uffds.len() > 1 {
@@ -332,7 +386,7 @@ impl Reader<'_> {
             self.uffds.remove(index);
             let late = std::mem::take(&mut self.late);
             let moved = late.into_iter().filter(|(of, _)| *of != index);
-            self.late = moved.map(|(of, page)| (if of > index { of - 1 } else { of }, page)).collect();
+            self.late = moved.map(|(of, at)| (if of > index { of - 1 } else { of }, at)).collect();
         }
         *lock(&self.shared.children) = self.uffds[1..].to_vec();
     }
@@ -341,7 +395,8 @@ impl Reader<'_> {
         while let Some(event) = self.uffds[index].read_event()? {
             match event {
                 Event::Fault { address, thread } => {
-                    let page = TargetAddr(address).page();
+                    let at = TargetAddr(address);
+                    let page = at.page();
                     let pages = self.shared.pages.as_ref();
                     if pages.is_some_and(|pages| lock(pages).catches(page)) {
                         lock(&self.shared.caught).push(thread);
@@ -350,9 +405,9 @@ impl Reader<'_> {
                     }
                     self.shared.traps.fetch_add(1, Ordering::Relaxed);
                     if self.shared.is_held.load(Ordering::SeqCst) {
-                        self.late.insert((index, page.0));
+                        self.late.insert((index, at.0));
                     } else {
-                        self.answer(index, page.0);
+                        self.answer(index, at.0);
                     }
                 }
                 Event::Fork(uffd) => {
@@ -365,15 +420,16 @@ impl Reader<'_> {
         Ok(())
     }
 
-    fn answer(&mut self, index: usize, page: u64) {
+    fn answer(&mut self, index: usize, at: u64) {
+        let page = TargetAddr(at).page().0;
         if let Some(pages) = &self.shared.pages {
-            lock(pages).prepare(TargetAddr(page));
+            lock(pages).prepare(TargetAddr(page), TargetAddr(at));
         }
         match open(&self.uffds[index], page) {
             Ok(()) => self.opened = Some(page),
             // While the memory map is being changed (mremap(2) of a registered range): an event about it is waiting.
             Err(Errno::EAGAIN) => {
-                self.late.insert((index, page));
+                self.late.insert((index, at));
             }
             // Open already, or something else lies there: the thread looks again.
             Err(_) => {

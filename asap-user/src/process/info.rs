@@ -66,6 +66,14 @@ impl ProcessInfo {
     }
 }
 
+/// The process that thread `tid` belongs to; `None`: it has ended.
+#[must_use]
+pub fn process_of(tid: i32) -> Option<i32> {
+    let status = fs::read(format!("/proc/{tid}/status")).ok()?;
+    let status = String::from_utf8_lossy(&status);
+    status.lines().find_map(|line| line.strip_prefix("Tgid:"))?.trim().parse().ok()
+}
+
 /// The ids of all threads of `pid`, as they are at the moment of reading.
 ///
 /// # Errors

@@ -140,6 +140,13 @@ thread_local! {
     static LATECOMERS: RefCell<Vec<i32>> = const { RefCell::new(Vec::new()) };
 }
 
+/// Hears that a thread that we trace has ended, now or when it does.
+fn forget_dead(tid: i32) {
+    if matches!(wait_once(tid), Ok(None)) {
+        LATECOMERS.with_borrow_mut(|tids| tids.push(tid));
+    }
+}
+
 /// Lets threads go that did not stop when they were told to (uninterruptible sleep, vfork(2)) and have done so since; gives
 /// how many are still to come. ptrace(2) can't let go of a thread that runs, so whoever stops threads has to call this
 /// from time to time until there are none.
@@ -406,6 +413,15 @@ impl Stopped {
     }
 
     fn let_go(&self) -> Result<(), TraceError> {
+        let let_go = self.detach();
+        if let Err(TraceError::Gone(_)) = let_go {
+            // It was killed. Its end is told to us first, and its process ends for nobody before we have heard it (ptrace(2)).
+            forget_dead(self.tid);
+        }
+        let_go
+    }
+
+    fn detach(&self) -> Result<(), TraceError> {
         let (signal, mend) = match self.reason {
             StopReason::Interrupt => (0, true),
             StopReason::Signal(signal) => (signal, true),

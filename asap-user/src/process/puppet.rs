@@ -126,6 +126,24 @@ pub fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     }
 }
 
+/// Ends the process that `pidfd` names (SIGKILL).
+///
+/// # Errors
+/// It has ended.
+pub fn kill_process(pidfd: &OwnedFd) -> io::Result<()> {
+    // SAFETY: no pointer but the null one, which stands for ordinary information about the signal.
+    let sent = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            libc::SIGKILL,
+            std::ptr::null::<libc::siginfo_t>(),
+            0,
+        )
+    };
+    if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// A thread of the target that is easily borrowed: the main thread, else any that stops.
 fn borrow_thread(pid: i32) -> Result<Stopped, PuppetError> {
     let mut last = None;

@@ -3,12 +3,15 @@
 //!
 //! MINOR mode only: every page has its content, so that the kernel lets waiting threads go on when we die (P1).
 
-use super::puppet::{Puppet, PuppetError};
+use super::{
+    memory::Memory,
+    puppet::{Puppet, PuppetError},
+};
 use crate::{
     address::TargetAddr,
     kernel::uffd::{self, Uffd, feature},
 };
-use std::io;
+use std::{fs::File, io};
 
 /// Why threads can't be made to wait at pages of a process.
 #[derive(Debug, thiserror::Error)]
@@ -62,22 +65,46 @@ pub(super) fn open(puppet: &mut Puppet, target: i32, forks: Forks) -> Result<(Uf
         Err(error) => return Err(error.into()),
     };
     let uffd = Uffd::from(puppet.take_fd(number)?);
-    let children = if forks == Forks::Follow { feature::EVENT_FORK } else { 0 };
-    let features = feature::MINOR_SHMEM | feature::THREAD_ID | feature::EVENT_REMAP | children;
+    let followed = if forks == Forks::Follow { feature::EVENT_FORK | feature::EXACT_ADDRESS } else { 0 };
+    let features = feature::MINOR_SHMEM | feature::THREAD_ID | feature::EVENT_REMAP | followed;
     let fail = GateError::at(target, "handshake (MINOR mode on shared memory)");
     uffd.handshake(features).map_err(|errno| fail(errno.into()))?;
     Ok((uffd, covers_kernel_faults))
 }
 
-/// Maps `length` bytes of the memfd that is open in the puppet as `in_puppet` at a place of the kernel's choice, readable and
-/// executable. Private, so that debuggers can still write to the pages through /proc/PID/mem.
+/// Maps `length` bytes of the memfd that is open in the puppet as `in_puppet`, readable and executable: at `place`, which must be
+/// free, or where the kernel chooses. Private, so that debuggers can still write to the pages through /proc/PID/mem.
 pub(super) fn map_text(
     puppet: &mut Puppet,
     in_puppet: u64,
     offset: u64,
     length: u64,
+    place: Option<TargetAddr>,
 ) -> Result<TargetAddr, PuppetError> {
     let protection = (libc::PROT_READ | libc::PROT_EXEC) as u64;
-    let arguments = [0, length, protection, libc::MAP_PRIVATE as u64, in_puppet, offset];
+    let fixed = if place.is_some() { libc::MAP_FIXED_NOREPLACE } else { 0 };
+    let flags = (libc::MAP_PRIVATE | fixed) as u64;
+    let arguments = [place.unwrap_or_default().0, length, protection, flags, in_puppet, offset];
     puppet.syscall("mmap of shared memory", libc::SYS_mmap, arguments).map(TargetAddr)
+}
+
+/// Makes a memfd(2) in the puppet, which the kernel shows by `name` (NUL-terminated), and gives its number there and our own
+/// descriptor of it. `scratch` is a place in the puppet's home for the name.
+pub(super) fn make_memory(
+    puppet: &mut Puppet,
+    memory: &Memory,
+    scratch: TargetAddr,
+    name: &[u8],
+) -> Result<(u64, File), GateError> {
+    let fail = |step| GateError::at(memory.pid(), step);
+    memory.write(scratch, name).map_err(fail("writing a name"))?;
+    let arguments = [scratch.0, u64::from(libc::MFD_CLOEXEC), 0, 0, 0, 0];
+    let in_puppet = puppet.syscall("memfd_create", libc::SYS_memfd_create, arguments)?;
+    match puppet.fd_of(in_puppet) {
+        Ok(ours) => Ok((in_puppet, File::from(ours))),
+        Err(error) => {
+            puppet.syscall("close", libc::SYS_close, [in_puppet, 0, 0, 0, 0, 0])?;
+            Err(fail("memfd")(error))
+        }
+    }
 }

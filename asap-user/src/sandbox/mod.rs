@@ -5,13 +5,23 @@
 //! moved aside). Leaving moves the spare back. What is where is recorded in the target before it is done, so that a later
 //! agent finds it. Not for deciding which processes belong together, nor for patches.
 
+mod area;
+mod code;
+mod evict;
+mod family;
+mod judge;
+mod library;
 pub mod policy;
 mod record;
 mod session;
+mod targets;
 mod texts;
 mod view;
 mod violation;
+mod watchman;
 
+pub use code::Figures;
+pub use family::Family;
 pub use record::{Record, State, Text};
 pub use session::{Host, SandboxError, Session, leave, settle};
 pub use texts::NativeCode;

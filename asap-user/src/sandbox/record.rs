@@ -1,14 +1,16 @@
 //! What is recorded in a process that is in the sandbox, on its way in, or on its way out.
 
+use super::{area::Area, code::Layout, policy::Policy};
 use crate::{address::TargetAddr, process::locked::Lock};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
 /// How far it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
     /// On its way in, which was never answered: who finds it takes it out.
+    #[default]
     Entering,
     /// Inside.
     Inside,
@@ -34,6 +36,9 @@ pub struct Text {
     /// How it is locked in memory outside of the sandbox. Inside it is not.
     #[serde(default)]
     pub lock: Option<Lock>,
+    /// Where its translated code lies, if it is translated.
+    #[serde(default)]
+    pub region: Option<TargetAddr>,
 }
 
 impl Text {
@@ -55,6 +60,12 @@ impl Text {
         self.len() == 0
     }
 
+    /// The region with its translated code, if it has one.
+    #[must_use]
+    pub fn region_range(&self) -> Option<Range<TargetAddr>> {
+        self.region.map(|start| start..start.offset(Layout::of(self.len()).length as i64))
+    }
+
     /// The spare, once it is there.
     #[must_use]
     pub fn spare_range(&self) -> Option<Range<TargetAddr>> {
@@ -63,7 +74,7 @@ impl Text {
 }
 
 /// All of it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
     /// How far it is.
     pub state: State,
@@ -71,6 +82,21 @@ pub struct Record {
     pub since: u64,
     /// The texts.
     pub texts: Vec<Text>,
+    /// Names the processes that have the same translated code: one that entered, and those that it has forked.
+    #[serde(default)]
+    pub family: u64,
+    /// What guards it.
+    #[serde(default)]
+    pub policy: Policy,
+    /// System calls are noted.
+    #[serde(default)]
+    pub learns: bool,
+    /// Memory of the guards.
+    #[serde(default)]
+    pub area: Option<Area>,
+    /// Regions of texts that are gone, in which threads may still be.
+    #[serde(default)]
+    pub regions: Vec<Range<TargetAddr>>,
 }
 
 impl Record {
@@ -78,6 +104,13 @@ impl Record {
     #[must_use]
     pub fn text_at(&self, address: TargetAddr) -> Option<&Text> {
         self.texts.iter().find(|text| text.range().contains(&address))
+    }
+
+    /// Whether `address` lies in a region with translated code.
+    #[must_use]
+    pub fn is_region(&self, address: TargetAddr) -> bool {
+        let of_texts = self.texts.iter().filter_map(Text::region_range);
+        of_texts.chain(self.regions.iter().cloned()).any(|region| region.contains(&address))
     }
 
     /// Whether `address` lies in one of the spares.

@@ -5,14 +5,21 @@
 //! open: the process runs on (P1), and who finds the record settles it.
 
 use super::{
+    area::Area,
+    code::{Layout, TextCode},
+    evict,
+    family::{self, Family},
+    library,
+    policy::{Fail, Guard, Learned, Policy},
     record::{Record, State, Text},
     texts::{NativeCode, divide},
     view::{elsewhere, is_curtain},
 };
 use crate::{
-    address::{PAGE_SIZE, TargetAddr},
+    address::{LoadBias, PAGE_SIZE, TargetAddr},
+    image::Image,
     process::{
-        curtain::{self, Curtain},
+        curtain::{self, Curtain, lock},
         gate::GateError,
         info::living_thread,
         locked::{self, Lock},
@@ -21,13 +28,20 @@ use crate::{
         pages,
         puppet::{Puppet, PuppetError},
     },
+    quiesce::unwind::Unwinder,
 };
 use std::{
     fs, io,
     ops::Range,
     os::unix::fs::FileExt,
-    time::{SystemTime, UNIX_EPOCH},
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
+
+/// Reach of a 32-bit displacement, less room for what lies behind the addressed byte.
+const REACH: u64 = (1 << 31) - (1 << 20);
+/// Length of `syscall`, bytes.
+const SYSCALL_LENGTH: i64 = 2;
 
 /// Why a process can't go into the sandbox, or out of it.
 #[derive(Debug, thiserror::Error)]
@@ -47,7 +61,18 @@ pub enum SandboxError {
     /// None of its code can be put behind a curtain.
     #[error("none of its code can run in the sandbox: {0}")]
     NoText(String),
+    /// Guards need memory at places that are taken.
+    #[error("its guards have no room: {0}")]
+    NoRoom(String),
+    /// Threads are in translated code, and stay there.
+    #[error("threads {0:?} are still in translated code")]
+    Busy(Vec<i32>),
 }
+
+/// See [`Host::image`].
+pub type ImageOf<'a> = &'a mut dyn FnMut(&Mapping) -> Option<(Arc<Image>, LoadBias)>;
+/// See [`Host::frames`].
+pub type FramesOf<'a> = &'a mut dyn FnMut(&mut Unwinder) -> io::Result<Vec<(i32, Vec<TargetAddr>)>>;
 
 /// What is needed of a process.
 pub struct Host<'a> {
@@ -61,18 +86,22 @@ pub struct Host<'a> {
     pub is_ours: &'a dyn Fn(&Mapping) -> bool,
     /// Writes the record into the process.
     pub write: &'a mut dyn FnMut(Option<&Record>) -> Result<(), String>,
+    /// The image of a text, and where its addresses lie.
+    pub image: ImageOf<'a>,
+    /// Where its threads are: each with its stack, innermost first, as far as it can be walked.
+    pub frames: FramesOf<'a>,
 }
 
 impl Host<'_> {
-    fn maps(&self) -> Result<Maps, SandboxError> {
+    pub(super) fn maps(&self) -> Result<Maps, SandboxError> {
         Maps::of(self.pid).map_err(SandboxError::Maps)
     }
 
-    fn write(&mut self, record: Option<&Record>) -> Result<(), SandboxError> {
+    pub(super) fn write(&mut self, record: Option<&Record>) -> Result<(), SandboxError> {
         (self.write)(record).map_err(SandboxError::Record)
     }
 
-    fn unmap(&mut self, range: &Range<TargetAddr>) {
+    pub(super) fn unmap(&mut self, range: &Range<TargetAddr>) {
         if let Err(error) = pages::unmap(self.puppet, range.start, range.end.0 - range.start.0) {
             tracing::warn!(pid = self.pid, %error, "memory of the sandbox stays mapped");
         }
@@ -82,31 +111,45 @@ impl Host<'_> {
 /// A process that is in the sandbox.
 #[derive(Debug)]
 pub struct Session {
-    curtain: Curtain,
+    /// Whose curtain lies over the texts that it entered with, or that it was forked with.
+    family: Arc<Family>,
+    /// Over what it has mapped since it was forked.
+    own: Option<Arc<Family>>,
     /// What runs natively.
     pub native: Vec<NativeCode>,
     /// The executable mappings at the last look.
     seen: Vec<Mapping>,
 }
 
+/// How long threads are given to leave the curtains before they are opened again although somebody was not seen.
+const HOLD_LIMIT: Duration = Duration::from_secs(5);
+
 impl Session {
-    /// Takes a process in.
+    /// Takes a process in, guarded by `policy`; with `learns`, its system calls are noted.
     ///
     /// # Errors
     /// It can't go in; it is as it was.
-    pub fn enter(host: &mut Host<'_>) -> Result<(Self, Record), SandboxError> {
-        let curtain = Curtain::new(host.puppet, host.pid, None)?;
+    pub fn enter(host: &mut Host<'_>, policy: &Policy, learns: bool) -> Result<(Self, Record), SandboxError> {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
-        let mut record = Record { state: State::Entering, since, texts: Vec::new() };
-        let mut session = Self { curtain, native: Vec::new(), seen: Vec::new() };
+        let family = random_id()?;
+        let mut record =
+            Record { state: State::Entering, since, family, policy: policy.clone(), learns, ..Record::default() };
         let maps = host.maps()?;
-        let (texts, native) = divide(&maps, host.is_ours);
-        session.native = native;
-        let drawn = session.draw(host, &mut record, &texts).and_then(|()| match record.texts.is_empty() {
-            false => Ok(()),
-            true => Err(SandboxError::NoText(session.reasons())),
+        let wanted = family::wanted(policy, learns);
+        let area = Area::plan(&maps, wanted).map_err(SandboxError::NoRoom)?;
+        record.area = (!wanted.is_nothing()).then(|| area.clone());
+        let made = Family::new(host.puppet, host.pid, family, policy, area, learns.then(Learned::default))?;
+        let mut session = Self { family: made, own: None, native: Vec::new(), seen: Vec::new() };
+        let entered = session.lay_area(host, &record).and_then(|()| {
+            let (texts, native) = divide(&maps, host.is_ours);
+            session.native = native;
+            session.draw(host, &mut record, &texts)?;
+            match record.texts.is_empty() {
+                false => Ok(()),
+                true => Err(SandboxError::NoText(session.reasons())),
+            }
         });
-        if let Err(error) = drawn {
+        if let Err(error) = entered {
             session.leave(host, &mut record)?;
             return Err(error);
         }
@@ -116,26 +159,65 @@ impl Session {
         Ok((session, record))
     }
 
+    fn lay_area(&self, host: &mut Host<'_>, record: &Record) -> Result<(), SandboxError> {
+        let Some(area) = &record.area else { return Ok(()) };
+        host.write(Some(record))?;
+        area.map(host.puppet)?;
+        crate::fault::point("sandbox.area-mapped");
+        let table = self.family.shared.call_table();
+        let written = match area.syscalls {
+            Some(at) => host.memory.write(at, &table),
+            None => Ok(()),
+        };
+        written.map_err(|error| SandboxError::Record(format!("the table of system calls can't be written: {error}")))
+    }
+
     fn reasons(&self) -> String {
         let mut reasons: Vec<_> = self.native.iter().map(|code| format!("{}: {}", code.name, code.reason)).collect();
         reasons.dedup();
         reasons.join("; ")
     }
 
-    /// Cares again for a process that is in already: an earlier agent's, or a child of one that is in.
+    /// Cares again for a process that is in already: a child of one that is in, or what an earlier agent has left. `None`: it was
+    /// guarded by an agent that is gone; it has to leave, and may enter again.
     ///
     /// # Errors
     /// Threads can't be made to wait in it; it runs on with its pages open.
-    pub fn resume(host: &mut Host<'_>, record: &Record) -> Result<Self, SandboxError> {
-        let curtain = Curtain::new(host.puppet, host.pid, None)?;
-        for piece in host.maps()?.0.iter().filter(|m| is_curtain(m) && record.text_at(m.range.start).is_some()) {
-            curtain.register(&piece.range)?;
+    pub fn resume(host: &mut Host<'_>, record: &Record) -> Result<Option<Self>, SandboxError> {
+        let family = match Family::find(record.family) {
+            Some(family) => family,
+            None if record.area.is_some() => return Ok(None),
+            None => {
+                let policy = Policy::default();
+                let family = Family::new(host.puppet, host.pid, record.family, &policy, Area::default(), None)?;
+                let maps = host.maps()?;
+                for piece in maps.0.iter().filter(|m| is_curtain(m) && record.text_at(m.range.start).is_some()) {
+                    family.curtain.register(&piece.range)?;
+                }
+                family
+            }
+        };
+        Ok(Some(Self { family, own: None, native: Vec::new(), seen: Vec::new() }))
+    }
+
+    /// The family whose curtain can be drawn in this process.
+    fn family_for(&mut self, host: &mut Host<'_>, record: &Record) -> Result<Arc<Family>, SandboxError> {
+        if self.family.pid == host.pid {
+            return Ok(Arc::clone(&self.family));
         }
-        Ok(Self { curtain, native: Vec::new(), seen: Vec::new() })
+        if let Some(own) = &self.own {
+            return Ok(Arc::clone(own));
+        }
+        let area = record.area.clone().unwrap_or_default();
+        let learns = record.learns.then(Learned::default);
+        let own = Family::new(host.puppet, host.pid, random_id()?, &record.policy, area, learns)?;
+        self.own = Some(Arc::clone(&own));
+        Ok(own)
     }
 
     /// Puts `texts` behind curtains. What can't be is counted as native.
     fn draw(&mut self, host: &mut Host<'_>, record: &mut Record, texts: &[Mapping]) -> Result<(), SandboxError> {
+        let family = self.family_for(host, record)?;
         let mut drawn = Vec::new();
         for mapping in texts {
             match content(host, mapping) {
@@ -153,6 +235,7 @@ impl Session {
             inode: mapping.inode,
             file_offset: mapping.file_offset,
             lock: tid.and_then(|tid| Lock::of(tid, mapping.range.start)),
+            region: None,
         }));
         host.write(Some(record))?;
         crate::fault::point("sandbox.recorded");
@@ -176,14 +259,29 @@ impl Session {
         }
         host.write(Some(record))?;
         let mut laid = Vec::new();
-        for (text, (mapping, content)) in record.texts[known..].iter().zip(&drawn) {
-            let at = match text.spare {
-                Some(_) => Some(self.curtain.prepare(host.puppet, host.memory, host.puppet.scratch(), content)?.0),
+        let mut codes = Vec::new();
+        for index in known..record.texts.len() {
+            let (mapping, content) = &drawn[index - known];
+            let at = match record.texts[index].spare {
+                Some(_) => {
+                    let scratch = host.puppet.scratch();
+                    let (at, behind) = family.curtain.prepare(host.puppet, host.memory, scratch, content)?;
+                    if family.is_guarded() {
+                        match self.lay_code(host, &family, record, index, mapping, behind)? {
+                            Some(code) => codes.push(code),
+                            None => self.native.push(NativeCode::of(mapping, "it is no image that is understood")),
+                        }
+                    }
+                    Some(at)
+                }
                 None => None,
             };
             laid.push((*mapping, at));
         }
         crate::fault::point("sandbox.prepared");
+        family.note_ours(&host.maps()?, host.is_ours);
+        let _held = family.is_guarded().then(|| Held::begin(&family.curtain));
+        lock(&family.shared.code).texts.extend(codes);
         // The target may have unmapped some of it meanwhile.
         let now = host.maps()?;
         let mut kept = record.texts[..known].to_vec();
@@ -193,9 +291,10 @@ impl Session {
                 Some(at) if is_there => curtain::move_over(host.puppet, at, &text.range()).map_err(|error| (at, error)),
                 Some(at) => {
                     host.unmap(&(at..at.offset(text.len() as i64)));
-                    if let Some(spare) = text.spare_range() {
-                        host.unmap(&spare);
+                    for left in text.spare_range().into_iter().chain(text.region_range()) {
+                        host.unmap(&left);
                     }
+                    lock(&family.shared.code).retain(|range| *range != text.range());
                     continue;
                 }
                 None => {
@@ -211,7 +310,51 @@ impl Session {
             kept.push(text);
         }
         record.texts = kept;
+        if family.is_guarded() {
+            host.memory.read_elsewhere(elsewhere(&host.maps()?, record));
+            keep_places(host, &family)?;
+            crate::fault::point("sandbox.kept");
+        }
         Ok(())
+    }
+
+    /// Makes the region beside a text, in which its translated code comes to lie. `None`: its image is not understood.
+    fn lay_code(
+        &self,
+        host: &mut Host<'_>,
+        family: &Family,
+        record: &mut Record,
+        index: usize,
+        mapping: &Mapping,
+        behind: fs::File,
+    ) -> Result<Option<TextCode>, SandboxError> {
+        let Some((image, bias)) = (host.image)(mapping) else { return Ok(None) };
+        let known = library::known(&mapping.device, mapping.inode, &image);
+        let range = mapping.range.clone();
+        let layout = Layout::of(mapping.len());
+        let Some(place) = host.maps()?.gap(&range, layout.length, REACH) else {
+            return Err(SandboxError::NoRoom(format!("no room for translated code within 2 GiB of {}", mapping.name)));
+        };
+        record.texts[index].region = Some(place);
+        host.write(Some(record))?;
+        let cache = family.curtain.prepare_at(host.puppet, host.memory, place, layout.length)?;
+        crate::fault::point("sandbox.region-mapped");
+        let told = cache.write_all_at(&family.shared.area.constants().to_bytes(), 0);
+        told.map_err(|error| SandboxError::Record(format!("translated code can't be written: {error}")))?;
+        family.curtain.hide(host.puppet, &(place..place.offset(layout.length as i64)))?;
+        family.curtain.register(&layout.traps_at(place))?;
+        if family.shared.policy.has(Guard::Cfi) {
+            let targets: Vec<TargetAddr> = known.targets.iter().map(|at| at.in_target(bias)).collect();
+            let told = family.shared.area.accept_all(host.memory, &targets);
+            told.map_err(|error| SandboxError::Record(format!("destinations can't be noted: {error}")))?;
+        }
+        let wanted = family::wanted(&family.shared.policy, record.learns);
+        let form = family.shared.area.form;
+        let mut code = TextCode::new(range, bias, known, wanted, form, place, (behind, cache));
+        if family.shared.policy.fail == Fail::Closed {
+            code.close().map_err(|error| SandboxError::Record(format!("code can't be closed: {error}")))?;
+        }
+        Ok(Some(code))
     }
 
     /// Looks whether the target has mapped new code or unmapped some, and follows it. True if anything has changed.
@@ -229,19 +372,26 @@ impl Session {
         let lost: Vec<Text> = record.texts.iter().filter(|text| pieces(&maps, text).is_empty()).cloned().collect();
         if !lost.is_empty() {
             record.texts.retain(|text| !lost.contains(text));
-            for spare in lost.iter().filter_map(|text| spare_pieces(&maps, text)).flatten() {
-                host.unmap(&spare);
+            // Nobody runs what belongs to code that is not there any more.
+            let left = lost.iter().filter_map(|text| spare_pieces(&maps, text)).flatten();
+            for range in left.chain(lost.iter().filter_map(Text::region_range)) {
+                host.unmap(&range);
+            }
+            for family in self.own.iter().chain([&self.family]).filter(|family| family.pid == host.pid) {
+                lock(&family.shared.code).retain(|range| !lost.iter().any(|text| text.range() == *range));
             }
             host.write(Some(record))?;
         }
         let is_known = |mapping: &Mapping| {
             (host.is_ours)(mapping)
                 || is_curtain(mapping)
+                || record.is_region(mapping.range.start)
                 || record.is_spare(mapping.range.start)
                 || record.text_at(mapping.range.start).is_some()
         };
         let (texts, native) = divide(&maps, &is_known);
         self.native = native;
+        self.family.note_ours(&maps, host.is_ours);
         if !texts.is_empty() {
             self.draw(host, record, &texts)?;
             host.write(Some(record))?;
@@ -254,13 +404,18 @@ impl Session {
     /// How often a thread had to wait for a page.
     #[must_use]
     pub fn traps(&self) -> u64 {
-        self.curtain.traps()
+        self.families().map(|family| family.curtain.traps()).sum()
     }
 
     /// Whether system calls that read text work as ever.
     #[must_use]
     pub fn covers_kernel_faults(&self) -> bool {
-        self.curtain.covers_kernel_faults
+        self.families().all(|family| family.curtain.covers_kernel_faults)
+    }
+
+    /// Those that it belongs to.
+    pub fn families(&self) -> impl Iterator<Item = &Arc<Family>> {
+        [&self.family].into_iter().chain(&self.own)
     }
 
     /// Takes the process out. What somebody else has written into stays behind its curtain, which is open, and in the record.
@@ -268,11 +423,54 @@ impl Session {
     /// # Errors
     /// The process is gone, or the kernel refuses; what was done is recorded, and can be continued.
     pub fn leave(self, host: &mut Host<'_>, record: &mut Record) -> Result<(), SandboxError> {
-        for piece in host.maps()?.0.iter().filter(|mapping| is_curtain(mapping)) {
-            self.curtain.unregister(&piece.range);
+        // Of another process's curtain the same addresses would be meant there.
+        for family in self.families().filter(|family| family.pid == host.pid) {
+            for piece in host.maps()?.0.iter().filter(|mapping| is_curtain(mapping)) {
+                family.curtain.unregister(&piece.range);
+            }
         }
-        leave(host, record)
+        let families: Vec<Arc<Family>> = self.families().cloned().collect();
+        leave(host, record, &families)
     }
+}
+
+fn random_id() -> Result<u64, SandboxError> {
+    let mut bytes = [0; 8];
+    getrandom::fill(&mut bytes).map_err(|error| SandboxError::Record(format!("no random number: {error}")))?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
+/// As long as it lives, no page is opened.
+struct Held<'a> {
+    curtain: &'a Curtain,
+    _section: Option<crate::watchdog::Guard>,
+}
+
+impl<'a> Held<'a> {
+    fn begin(curtain: &'a Curtain) -> Self {
+        let section = crate::watchdog::section("holding the curtains of a process that enters the sandbox", HOLD_LIMIT);
+        curtain.hold();
+        Self { curtain, _section: section }
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.curtain.release();
+    }
+}
+
+/// Notes where threads stand, while all their code is closed: whoever comes to a page from now on comes to a place that its
+/// translation keeps.
+fn keep_places(host: &mut Host<'_>, family: &Family) -> Result<(), SandboxError> {
+    let frames = (host.frames)(&mut family.unwinder()).map_err(SandboxError::Maps)?;
+    let mut code = lock(&family.shared.code);
+    for (_, stack) in frames {
+        // A system call that is interrupted is made again.
+        let restarted = stack.first().map(|at| at.offset(-SYSCALL_LENGTH));
+        code.keep(stack.into_iter().chain(restarted));
+    }
+    Ok(())
 }
 
 /// The bytes of a text that go behind its curtain: those of its file.
@@ -323,7 +521,7 @@ fn spare_pieces(maps: &Maps, text: &Text) -> Option<Vec<Range<TargetAddr>>> {
 ///
 /// # Errors
 /// As there.
-pub fn leave(host: &mut Host<'_>, record: &mut Record) -> Result<(), SandboxError> {
+pub fn leave(host: &mut Host<'_>, record: &mut Record, families: &[Arc<Family>]) -> Result<(), SandboxError> {
     record.state = State::Leaving;
     host.write(Some(record))?;
     crate::fault::point("sandbox.leaving");
@@ -363,8 +561,24 @@ pub fn leave(host: &mut Host<'_>, record: &mut Record) -> Result<(), SandboxErro
             }
         }
     }
+    let gone = record.texts.iter().filter(|text| !kept.contains(text)).filter_map(Text::region_range);
+    record.regions.extend(gone);
     record.texts = kept;
+    host.write(Some(record))?;
+    for family in families {
+        // Of this process and of others: those look again.
+        record.regions.iter().for_each(|region| family.curtain.wake(region));
+    }
+    host.memory.read_elsewhere(elsewhere(&host.maps()?, record));
+    evict::from_regions(host, &record.regions, families)?;
+    crate::fault::point("sandbox.evicted");
+    for region in std::mem::take(&mut record.regions) {
+        host.unmap(&region);
+    }
     if record.texts.is_empty() {
+        if let Some(area) = record.area.take() {
+            area.unmap(host.puppet)?;
+        }
         host.write(None)
     } else {
         record.state = State::Inside;
@@ -431,7 +645,7 @@ pub fn settle(host: &mut Host<'_>, mut record: Record) -> Result<Option<Record>,
         host.write(Some(&record))?;
         return Ok(Some(record));
     }
-    leave(host, &mut record)?;
+    leave(host, &mut record, &[])?;
     Ok((!record.texts.is_empty()).then_some(record))
 }
 
@@ -482,6 +696,7 @@ c000-d000 r-xp 00001000 fe:00 124 /lib/b
             inode: 123,
             file_offset: 0x1000,
             lock: None,
+            region: None,
         };
         assert_eq!(orphan(&maps, &text(0x2000)), Some(range(0x9000, 0xb000)));
         assert_eq!(orphan(&Maps(maps.0[..2].to_vec()), &text(0x2000)), None);

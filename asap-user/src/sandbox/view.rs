@@ -69,8 +69,9 @@ mod tests {
             inode: 123,
             file_offset: 0x2000,
             lock: None,
+            region: None,
         };
-        let record = Record { state: State::Inside, since: 0, texts: vec![text] };
+        let record = Record { state: State::Inside, since: 0, texts: vec![text], ..Record::default() };
         let native = as_native(maps.clone(), &record);
         let shown: Vec<_> = native.0.iter().map(|m| (m.range.start.0, m.file_offset, m.name.as_str())).collect();
         assert_eq!(
