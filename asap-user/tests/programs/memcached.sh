@@ -18,5 +18,5 @@ for i in range(3000):
 print(total, ask("incr key7 35"), ask("delete key7"), ask("delete key7"), ask("nonsense"))
 print(ask("set big 0 0 500000", b"x" * 500000), ask("flush_all"))
 END
-python3 client.py
+/usr/bin/python3 client.py
 kill -TERM $server; wait $server; echo "ended with $?"

@@ -30,4 +30,4 @@ sys.setrecursionlimit(5000)
 def deep(n): return 0 if n == 0 else 1 + deep(n - 1)
 print(deep(3000)); sys.exit(11)
 END
-$RUN python3 -S script.py || echo "ended with $?"
+$RUN /usr/bin/python3 -S script.py || echo "ended with $?"

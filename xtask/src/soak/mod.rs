@@ -53,6 +53,9 @@ pub struct Options {
     /// How often an agent is killed while a server is inside.
     #[arg(long, requires = "sandbox", default_value_t = 200)]
     kills: u64,
+    /// A development build of asap, which is there sooner and works more slowly.
+    #[arg(long)]
+    unoptimised: bool,
     /// Guards, as for `asap sandbox enter --guards`.
     #[arg(long, requires = "sandbox")]
     guards: Option<String>,
@@ -152,7 +155,7 @@ pub fn run(options: &Options) -> Result<()> {
     setup::run()?;
     let seed = options.seed.unwrap_or_else(|| fastrand::u64(..1 << 48));
     println!("seed {seed} (repeat with --seed {seed})");
-    let asap = command::build_asap(true, &[])?;
+    let asap = command::build_asap(!options.unoptimised, &[])?;
     let folder = Folder::new("asap-soak-")?;
     for patch in SERVERS.iter().flat_map(|server| server.patches()) {
         demo::compile(&command::top().join(patch.source), &folder.path().join(patch.name).with_extension("o"))?;

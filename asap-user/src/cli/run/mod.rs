@@ -5,7 +5,7 @@ mod program;
 use super::{
     client::{self, unexpected},
     context::{Global, require_root, shown},
-    sandbox::GuardOptions,
+    sandbox::{GuardOptions, status, violations_of, write_learned},
 };
 use crate::{
     agent::DEFAULT_IDLE_EXIT,
@@ -13,7 +13,7 @@ use crate::{
 };
 use nix::unistd::User;
 use program::{Program, StartError};
-use std::{ffi::OsString, process::ExitCode};
+use std::{ffi::OsString, path::PathBuf, process::ExitCode};
 
 /// Exit codes that coreutils' env(1), timeout(1) and others have made usual.
 const OWN_FAILURE: u8 = 125;
@@ -29,6 +29,7 @@ const NOT_FOUND: u8 = 127;
 Examples:
   asap run -- nginx -g 'daemon off;'
   asap run --guards shadow-stack,cfi,nx --user www-data -- ./server --port 8080
+  asap run --learn web.toml -- nginx -g 'daemon off;'
 
 Exit codes:
   that of the program, or 128 + N where signal N ended it
@@ -38,6 +39,9 @@ Exit codes:
 pub struct Run {
     #[command(flatten)]
     guards: GuardOptions,
+    /// Note which system calls it makes, and write the policy that allows just these when it ends.
+    #[arg(long, value_name = "FILE")]
+    learn: Option<PathBuf>,
     /// Run it as this user, with that user's groups.
     #[arg(long, value_name = "NAME")]
     user: Option<String>,
@@ -70,8 +74,10 @@ impl Run {
             pid: Some(program.pid()),
             action: SandboxAction::Enter,
             policy,
-            ..SandboxRequest::default()
+            learns: self.learn.is_some(),
+            function: None,
         };
+        let is_watched = request.learns || !request.policy.guards.is_empty();
         match agent.ask(&Request::Sandbox(request)) {
             Ok(Reply::Sandbox(_)) => {}
             Ok(other) => return Err(own(unexpected(&other))),
@@ -80,7 +86,19 @@ impl Run {
         drop(agent);
         let lost = |error: std::io::Error| own(system("the program was lost", &error));
         program.release().map_err(|errno| lost(errno.into()))?;
-        program.wait().map(program::End::code).map_err(lost)
+        let end = program.wait().map_err(lost)?;
+        if is_watched && let Err(failure) = self.tell(global, program.pid()) {
+            // It ran, and ended as it did.
+            global.show_failure(&failure);
+        }
+        Ok(end.code())
+    }
+
+    /// What its guards met, and what was learned.
+    fn tell(&self, global: &Global, pid: i32) -> Result<(), Failure> {
+        let report = status(&global.socket, Some(pid))?;
+        eprint!("{}", violations_of(&report));
+        self.learn.as_ref().map_or(Ok(()), |path| write_learned(path, &report))
     }
 
     fn not_started(&self, error: StartError) -> (u8, Failure) {

@@ -7,6 +7,8 @@ mod show;
 mod top;
 
 pub use guards::GuardOptions;
+pub use learned::write as write_learned;
+pub use show::violations_of;
 
 use super::{
     client::{ask, ask_or_start, unexpected},
@@ -146,8 +148,8 @@ fn shown(global: &Global, request: &Request, action: SandboxAction) -> Result<()
     global.show(&reply, || show::report(report, action))
 }
 
-/// How the target runs.
-fn status(socket: &Path, pid: Option<i32>) -> Result<SandboxReport, Failure> {
+/// How the target runs, or ran.
+pub fn status(socket: &Path, pid: Option<i32>) -> Result<SandboxReport, Failure> {
     match ask(socket, &Request::Sandbox(SandboxRequest { pid, ..SandboxRequest::default() }))? {
         Reply::Sandbox(report) => Ok(report),
         other => Err(unexpected(&other)),

@@ -124,6 +124,12 @@ fn stops(family: &SandboxFamily) -> String {
     if each.is_empty() { String::new() } else { format!("  threads stopped: {}\n", each.join(", ")) }
 }
 
+/// What the guards of a program have met that was run; nothing, if that is nothing.
+pub fn violations_of(report: &SandboxReport) -> String {
+    let found: String = report.families.iter().map(|family| violations(family, VIOLATIONS_SHOWN)).collect();
+    if found.is_empty() { found } else { format!("asap: the guards of process {}:\n{found}", report.pid) }
+}
+
 /// The last violations.
 pub fn violations(family: &SandboxFamily, most: usize) -> String {
     let mut text = String::new();
