@@ -4,6 +4,7 @@ mod apply;
 mod call_stack;
 mod check;
 mod dump;
+mod ended;
 mod exchange;
 mod hooks;
 pub mod ledger;
@@ -56,6 +57,8 @@ pub struct Engine {
     watch: LifeWatch,
     /// What became of processes of targets that are no more.
     news: Vec<News>,
+    /// What guards met in targets that are no more.
+    ended: ended::Ended,
 }
 
 impl Default for Engine {
@@ -78,6 +81,7 @@ impl Engine {
             observers: check::Observers::load(),
             watch: LifeWatch::default(),
             news: Vec::new(),
+            ended: ended::Ended::default(),
         }
     }
 
@@ -110,13 +114,14 @@ impl Engine {
 
     /// The helpers of processes that have ended go with them.
     fn bury_dead(&mut self) {
-        let news = &mut self.news;
+        let (news, ended) = (&mut self.news, &mut self.ended);
         self.targets.retain(|pid, target| {
             target.bury_dead();
             let is_empty = target.processes.is_empty();
             if is_empty {
                 tracing::info!(pid, "the target has ended");
                 news.append(&mut target.news);
+                ended.note(*pid, std::mem::take(&mut target.past));
             }
             !is_empty
         });

@@ -299,15 +299,30 @@ fn report(target: &Target, begin: Instant) -> SandboxReport {
     }
 }
 
-/// What is told of translated code, by the processes that share it.
+/// What is told of translated code, by the processes that share it, and of what was before.
 fn families(target: &Target) -> Vec<SandboxFamily> {
+    let living = by_family(target.processes.values());
+    let living = living.into_values().map(|(family, pids)| told(&family, pids));
+    living.chain(target.past.iter().cloned()).collect()
+}
+
+/// Processes by the translated code that they share.
+fn by_family<'a>(processes: impl Iterator<Item = &'a TargetProcess>) -> BTreeMap<u64, (Arc<Family>, Vec<i32>)> {
     let mut found: BTreeMap<u64, (Arc<Family>, Vec<i32>)> = BTreeMap::new();
-    for process in target.processes.values() {
+    for process in processes {
         for family in process.sandbox.iter().flat_map(Session::families) {
             found.entry(family.id).or_insert_with(|| (Arc::clone(family), Vec::new())).1.push(process.pid);
         }
     }
-    found.into_values().map(|(family, pids)| told(&family, pids)).collect()
+    found
+}
+
+/// What is to be remembered of the processes `dead`, which are about to be buried: families of which nobody lives on.
+pub fn last_words(processes: &BTreeMap<i32, TargetProcess>, dead: &[i32]) -> Vec<SandboxFamily> {
+    let (gone, living): (Vec<_>, Vec<_>) = processes.values().partition(|process| dead.contains(&process.pid));
+    let living = by_family(living.into_iter());
+    let gone = by_family(gone.into_iter()).into_iter().filter(|(id, _)| !living.contains_key(id));
+    gone.map(|(_, (family, pids))| told(&family, pids)).collect()
 }
 
 fn told(family: &Family, pids: Vec<i32>) -> SandboxFamily {
@@ -361,6 +376,12 @@ impl Engine {
         let begin = Instant::now();
         self.watch.was_disturbed();
         self.bury_dead();
+        if let (SandboxAction::Status, Some(pid)) = (request.action, request.pid)
+            && !self.targets.contains_key(&pid)
+            && let Some(known) = self.ended.of(pid)
+        {
+            return Ok(known.clone());
+        }
         if request.action == SandboxAction::Enter && request.policy.on_exec == OnExec::Stay {
             return Err(Failure::refused(
                 "on-exec = \"stay\" is not available yet: a program that the process starts runs natively",

@@ -1,10 +1,10 @@
 //! A target: a process that was attached to, and those of its descendants that run the same executable, also those forked
 //! later. A child of a patched process is born patched, since fork(2) copies its memory; here it is found and taken into care.
 
-use super::{check::Observers, exchange, process::TargetProcess, sandbox, unloaded};
+use super::{check::Observers, ended, exchange, process::TargetProcess, sandbox, unloaded};
 use crate::{
     process::info::{self, ProcessInfo},
-    report::{Failure, Fate, InstalledPatch, News, PatchId, TargetReport},
+    report::{Failure, Fate, InstalledPatch, News, PatchId, SandboxFamily, TargetReport},
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -29,6 +29,8 @@ pub struct Target {
     pub processes: BTreeMap<i32, TargetProcess>,
     /// What the administrator should know.
     pub notes: Vec<String>,
+    /// What guards met in processes that are no more.
+    pub past: Vec<SandboxFamily>,
     /// What became of its processes, until somebody asks.
     pub news: Vec<News>,
 }
@@ -63,6 +65,7 @@ impl Target {
             build_id: None,
             processes: BTreeMap::from([(root, process)]),
             notes: Vec::new(),
+            past: Vec::new(),
             news: Vec::new(),
         };
         if let Err(failure) = target.recover_all(observers).and_then(|()| target.discover(observers).map(drop)) {
@@ -130,6 +133,9 @@ impl Target {
     /// Lets go of processes that have ended or run another program.
     pub fn bury_dead(&mut self) {
         let dead: Vec<i32> = self.processes.values().filter(|process| !process.is_alive()).map(|p| p.pid).collect();
+        for family in sandbox::last_words(&self.processes, &dead) {
+            ended::add(&mut self.past, family);
+        }
         for process in dead.iter().filter_map(|pid| self.processes.remove(pid)).collect::<Vec<_>>() {
             let pid = process.pid;
             let patches = process.book.ledger.patches.iter().map(|patch| patch.name.clone()).collect();

@@ -30,10 +30,24 @@ pub struct Learned {
     calls: BTreeMap<SystemCall, Seen>,
 }
 
-/// What was seen of one call: per argument that chooses, its values; none: too many.
+/// What was seen of one call: its arguments that choose. (No map: numbers are no keys in JSON.)
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Seen {
-    choices: BTreeMap<u8, Option<BTreeSet<u32>>>,
+    choices: Vec<Choice>,
+}
+
+/// An argument, and the values that it had; none: too many.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Choice {
+    argument: u8,
+    values: Option<BTreeSet<u32>>,
+}
+
+impl Seen {
+    /// Whether calls with other arguments would be others.
+    fn asks(&self) -> bool {
+        self.choices.iter().any(|choice| choice.values.is_some())
+    }
 }
 
 impl Learned {
@@ -43,18 +57,18 @@ impl Learned {
         let Ok(number) = u16::try_from(number & u64::from(u32::MAX)) else { return true };
         let call = SystemCall(number);
         let seen = self.calls.entry(call).or_insert_with(|| {
-            let choices = choices_of(call).iter().map(|&argument| (argument, Some(BTreeSet::new())));
-            Seen { choices: choices.collect() }
+            let choices = choices_of(call).iter();
+            Seen { choices: choices.map(|&argument| Choice { argument, values: Some(BTreeSet::new()) }).collect() }
         });
-        for (&argument, values) in &mut seen.choices {
-            let Some(known) = values else { continue };
-            let value = arguments.get(usize::from(argument)).copied().unwrap_or(0) as u32;
+        for choice in &mut seen.choices {
+            let Some(known) = &mut choice.values else { continue };
+            let value = arguments.get(usize::from(choice.argument)).copied().unwrap_or(0) as u32;
             known.insert(value);
             if known.len() > MAX_VALUES {
-                *values = None;
+                choice.values = None;
             }
         }
-        seen.choices.values().any(Option::is_some)
+        seen.asks()
     }
 
     /// Adds what another process was seen to do.
@@ -64,10 +78,11 @@ impl Learned {
                 self.calls.insert(call, theirs.clone());
                 continue;
             };
-            for (argument, values) in &mut ours.choices {
-                match (values.as_mut(), theirs.choices.get(argument).and_then(Option::as_ref)) {
+            for choice in &mut ours.choices {
+                let other = theirs.choices.iter().find(|other| other.argument == choice.argument);
+                match (choice.values.as_mut(), other.and_then(|other| other.values.as_ref())) {
                     (Some(own), Some(more)) if own.union(more).count() <= MAX_VALUES => own.extend(more),
-                    _ => *values = None,
+                    _ => choice.values = None,
                 }
             }
         }
@@ -81,16 +96,16 @@ impl Learned {
     /// The policy that allows what was seen, and whose `default` is for everything else.
     #[must_use]
     pub fn policy(&self, default: Verdict) -> Policy {
-        let asks = |seen: &Seen| seen.choices.values().any(Option::is_some);
-        let plain: Vec<SystemCall> = self.calls.iter().filter(|(_, seen)| !asks(seen)).map(|(call, _)| *call).collect();
+        let plain: Vec<SystemCall> =
+            self.calls.iter().filter(|(_, seen)| !seen.asks()).map(|(call, _)| *call).collect();
         let mut rules = Vec::new();
         if !plain.is_empty() {
             rules.push(Rule { calls: plain, when: Vec::new(), action: Verdict::Allow });
         }
-        for (&call, seen) in self.calls.iter().filter(|(_, seen)| asks(seen)) {
-            let conditions = seen.choices.iter().filter_map(|(&argument, values)| {
-                let equals = values.as_ref()?.iter().map(|&value| Value(value.into())).collect();
-                Some(ArgumentMatch { equals: Some(equals), ..ArgumentMatch::of(argument, 32) })
+        for (&call, seen) in self.calls.iter().filter(|(_, seen)| seen.asks()) {
+            let conditions = seen.choices.iter().filter_map(|choice| {
+                let equals = choice.values.as_ref()?.iter().map(|&value| Value(value.into())).collect();
+                Some(ArgumentMatch { equals: Some(equals), ..ArgumentMatch::of(choice.argument, 32) })
             });
             rules.push(Rule { calls: vec![call], when: conditions.collect(), action: Verdict::Allow });
         }

@@ -346,6 +346,14 @@ proptest! {
         for (number, arguments) in &seen {
             learned.observe(*number, arguments);
         }
+        // As it comes from an agent.
+        let family = crate::report::SandboxFamily { learned: Some(learned.clone()), ..Default::default() };
+        let report = crate::report::SandboxReport {
+            pid: 1, processes: Vec::new(), families: vec![family], dump: None, total_us: 0, notes: Vec::new(),
+        };
+        let line = serde_json::to_string(&crate::report::Reply::Sandbox(report)).expect("JSON");
+        let crate::report::Reply::Sandbox(report) = serde_json::from_str(&line).expect("a reply") else { panic!("{line}") };
+        prop_assert_eq!(report.families[0].learned.as_ref(), Some(&learned));
         let text = learned.policy(Verdict::Do(Action::Kill)).write().expect("TOML");
         let policy = Policy::read(&text).expect("it is one");
         let compiled = Compiled::of(policy.syscalls.as_ref().expect("they are there"));
