@@ -3,6 +3,8 @@
 use anyhow::{Context, Result, bail};
 use std::{path::PathBuf, process::Command};
 
+pub use xtask_setup::is_root;
+
 /// Runs a command to its end; its output goes where ours goes.
 pub fn run(command: &mut Command) -> Result<()> {
     let status = command.status().with_context(|| format!("{command:?} can't be started"))?;
@@ -82,10 +84,4 @@ pub fn executables(mut cargo: Command) -> Result<Vec<Executable>> {
         })
     };
     Ok(messages.filter_map(executable).collect())
-}
-
-/// Whether we are root.
-pub fn is_root() -> bool {
-    // SAFETY: no memory is involved.
-    unsafe { libc::geteuid() == 0 }
 }

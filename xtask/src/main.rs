@@ -11,7 +11,6 @@ mod load;
 mod owned;
 mod peers;
 mod programs;
-mod setup;
 mod snapshot;
 mod soak;
 mod study;
@@ -21,6 +20,7 @@ mod workers;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
+use xtask_setup as setup;
 
 /// Tasks around asap.
 #[derive(Parser)]

@@ -1,48 +1,48 @@
-//! The calls of userfaultfd(2) on its descriptor (ioctl_userfaultfd(2)), by the kernel's own definitions. In MINOR mode only: a
-//! thread waits at a page that has its content. Not for making one, which a target's helper does, nor for who waits and why.
+//! A userfaultfd(2) by its descriptor, by way of the crate of that name: in MINOR mode only, in which a thread waits at a page that has
+//! its content. Not for making one, which a target's helper does, nor for who waits and why.
 
-use linux_raw_sys::general as uapi;
-use nix::{errno::Errno, unistd};
+use nix::errno::Errno;
 use std::{
+    ffi::c_void,
     ops::Range,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd},
 };
+use userfaultfd::{Error, RegisterMode};
 
-/// What [`Uffd::handshake`] can ask for.
+/// What [`Uffd::handshake`] can ask for (linux/userfaultfd.h).
 pub mod feature {
-    use linux_raw_sys::general as uapi;
-
     /// It tells of children that are forked.
-    pub const EVENT_FORK: u64 = uapi::UFFD_FEATURE_EVENT_FORK as u64;
+    pub const EVENT_FORK: u64 = 1 << 1;
     /// It follows mremap(2), and tells of it.
-    pub const EVENT_REMAP: u64 = uapi::UFFD_FEATURE_EVENT_REMAP as u64;
+    pub const EVENT_REMAP: u64 = 1 << 2;
     /// It tells which thread waits.
-    pub const THREAD_ID: u64 = uapi::UFFD_FEATURE_THREAD_ID as u64;
-    /// It tells the address that was accessed, not that of its page (Linux 5.18).
-    pub const EXACT_ADDRESS: u64 = uapi::UFFD_FEATURE_EXACT_ADDRESS as u64;
+    pub const THREAD_ID: u64 = 1 << 8;
     /// Threads wait at pages of shared memory that have their content.
-    pub const MINOR_SHMEM: u64 = uapi::UFFD_FEATURE_MINOR_SHMEM as u64;
+    pub const MINOR_SHMEM: u64 = 1 << 10;
+    /// It tells the address that was accessed, not that of its page (Linux 5.18).
+    pub const EXACT_ADDRESS: u64 = 1 << 11;
 }
 
 /// A flag of the system call: faults of the kernel itself don't wait.
-pub const USER_MODE_ONLY: u64 = uapi::UFFD_USER_MODE_ONLY as u64;
+pub const USER_MODE_ONLY: u64 = 1;
+/// `UFFD_API` (linux/userfaultfd.h).
+const API: u64 = 0xaa;
 
-// The requests carry their number and the size of what they read and write: linux/userfaultfd.h.
+/// `struct uffdio_api`. The crate makes this call only for descriptors that it has opened itself.
+#[repr(C)]
+struct UffdioApi {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
 mod request {
-    use linux_raw_sys::general as uapi;
-
-    const TYPE: u32 = uapi::UFFDIO;
-    nix::ioctl_readwrite!(api, TYPE, uapi::_UFFDIO_API, uapi::uffdio_api);
-    nix::ioctl_readwrite!(register, TYPE, uapi::_UFFDIO_REGISTER, uapi::uffdio_register);
-    nix::ioctl_readwrite!(fill, TYPE, uapi::_UFFDIO_CONTINUE, uapi::uffdio_continue);
-    // Both only read their argument; the kernel's header calls that `_IOR`.
-    nix::ioctl_read!(unregister, TYPE, uapi::_UFFDIO_UNREGISTER, uapi::uffdio_range);
-    nix::ioctl_read!(wake, TYPE, uapi::_UFFDIO_WAKE, uapi::uffdio_range);
+    nix::ioctl_readwrite!(api, super::API, 0x3f, super::UffdioApi);
 }
 
 /// A userfaultfd.
 #[derive(Debug)]
-pub struct Uffd(OwnedFd);
+pub struct Uffd(userfaultfd::Uffd);
 
 /// What a userfaultfd tells.
 #[derive(Debug)]
@@ -62,7 +62,8 @@ pub enum Event {
 
 impl From<OwnedFd> for Uffd {
     fn from(fd: OwnedFd) -> Self {
-        Self(fd)
+        // SAFETY: it is owned here, and handed over.
+        Self(unsafe { userfaultfd::Uffd::from_raw_fd(fd.into_raw_fd()) })
     }
 }
 
@@ -72,14 +73,27 @@ impl AsFd for Uffd {
     }
 }
 
+/// The crate has a `nix` of its own.
+fn errno(error: Error) -> Errno {
+    match error {
+        Error::SystemError(errno) => Errno::from_raw(errno as i32),
+        Error::PartiallyCopied(_) => Errno::EAGAIN,
+        _ => Errno::EIO,
+    }
+}
+
+fn length(range: &Range<u64>) -> usize {
+    range.end.saturating_sub(range.start) as usize
+}
+
 impl Uffd {
     /// The first call on each: what is wanted of it.
     ///
     /// # Errors
     /// The kernel does not know all of it.
     pub fn handshake(&self, features: u64) -> Result<(), Errno> {
-        let mut api = uapi::uffdio_api { api: uapi::UFFD_API.into(), features, ioctls: 0 };
-        // SAFETY: a live local of the type that the request reads and writes.
+        let mut api = UffdioApi { api: API, features, ioctls: 0 };
+        // SAFETY: a live local of the layout that the request reads and writes.
         unsafe { request::api(self.0.as_raw_fd(), &raw mut api) }.map(drop)
     }
 
@@ -88,10 +102,8 @@ impl Uffd {
     /// # Errors
     /// Something else lies there, or another userfaultfd has it.
     pub fn register(&self, range: &Range<u64>) -> Result<(), Errno> {
-        let mode = uapi::UFFDIO_REGISTER_MODE_MINOR.into();
-        let mut register = uapi::uffdio_register { range: of(range), mode, ioctls: 0 };
-        // SAFETY: a live local of the type that the request reads and writes.
-        unsafe { request::register(self.0.as_raw_fd(), &raw mut register) }.map(drop)
+        let start = range.start as *mut c_void;
+        self.0.register_with_mode(start, length(range), RegisterMode::MINOR).map(drop).map_err(errno)
     }
 
     /// Nobody waits in this range any more; who did goes on.
@@ -99,9 +111,7 @@ impl Uffd {
     /// # Errors
     /// The process is gone, or something else lies there.
     pub fn unregister(&self, range: &Range<u64>) -> Result<(), Errno> {
-        let mut range = of(range);
-        // SAFETY: a live local of the type that the request reads.
-        unsafe { request::unregister(self.0.as_raw_fd(), &raw mut range) }.map(drop)
+        self.0.unregister(range.start as *mut c_void, length(range)).map_err(errno)
     }
 
     /// Those who wait in this range look again.
@@ -109,25 +119,19 @@ impl Uffd {
     /// # Errors
     /// The process is gone.
     pub fn wake(&self, range: &Range<u64>) -> Result<(), Errno> {
-        let mut range = of(range);
-        // SAFETY: a live local of the type that the request reads.
-        unsafe { request::wake(self.0.as_raw_fd(), &raw mut range) }.map(drop)
+        self.0.wake(range.start as *mut c_void, length(range)).map_err(errno)
     }
 
-    /// Puts the pages of this range into the page table; who waits there goes on. Gives how many bytes that were: fewer than all
-    /// of them, but at least a page, if the memory map is being changed.
+    /// Puts the pages of this range into the page table; who waits there goes on. Gives how many bytes that were.
     ///
     /// # Errors
     /// `EAGAIN`: the memory map is being changed; `EEXIST`: that was done before; `ESRCH`: the process is gone; else something
     /// else lies there.
     pub fn fill(&self, range: &Range<u64>) -> Result<u64, Errno> {
-        let mut fill = uapi::uffdio_continue { range: of(range), mode: 0, mapped: 0 };
-        // SAFETY: a live local of the type that the request reads and writes.
-        let filled = unsafe { request::fill(self.0.as_raw_fd(), &raw mut fill) };
-        match (filled, u64::try_from(fill.mapped)) {
-            (Ok(_) | Err(Errno::EAGAIN), Ok(mapped)) if mapped > 0 => Ok(mapped),
-            (Ok(_), _) => Err(Errno::EAGAIN),
-            (Err(errno), _) => Err(errno),
+        match self.0.r#continue(range.start as *mut c_void, length(range), true) {
+            Ok(filled) if filled > 0 => Ok(filled),
+            Ok(_) => Err(Errno::EAGAIN),
+            Err(error) => Err(errno(error)),
         }
     }
 
@@ -136,69 +140,12 @@ impl Uffd {
     /// # Errors
     /// The process is gone.
     pub fn read_event(&self) -> Result<Option<Event>, Errno> {
-        let mut message = [0; size_of::<uapi::uffd_msg>()];
-        match unistd::read(&self.0, &mut message) {
-            Ok(length) if length == message.len() => Ok(Some(event(&message))),
-            Ok(_) => Err(Errno::EIO),
-            Err(Errno::EAGAIN) => Ok(None),
-            Err(errno) => Err(errno),
-        }
-    }
-}
-
-fn of(range: &Range<u64>) -> uapi::uffdio_range {
-    uapi::uffdio_range { start: range.start, len: range.end.saturating_sub(range.start) }
-}
-
-/// `struct uffd_msg`: the kind of the event is its first byte; what belongs to it follows after eight.
-fn event(message: &[u8; size_of::<uapi::uffd_msg>()]) -> Event {
-    let word = |at: usize| message[at..at + 4].try_into().map_or(0, u32::from_ne_bytes);
-    match message[0].into() {
-        uapi::UFFD_EVENT_PAGEFAULT => {
-            // Flags, address, and the thread's id.
-            let address = u64::from(word(20)) << 32 | u64::from(word(16));
-            Event::Fault { address, thread: word(24).cast_signed() }
-        }
-        uapi::UFFD_EVENT_FORK => {
-            // SAFETY: the kernel has just opened this descriptor for whoever reads the message.
-            Event::Fork(Uffd(unsafe { OwnedFd::from_raw_fd(word(8).cast_signed()) }))
-        }
-        _ => Event::Other,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use linux_raw_sys::ioctl;
-    use std::mem::offset_of;
-
-    #[test]
-    fn messages_are_read_as_the_kernel_lays_them_out() {
-        // Those of the fields that are named are what `event` takes them for.
-        assert_eq!((offset_of!(uapi::uffd_msg, event), offset_of!(uapi::uffd_msg, arg)), (0, 8));
-        let mut message = [0; size_of::<uapi::uffd_msg>()];
-        message[0] = 0x12;
-        message[16..24].copy_from_slice(&0x7fff_1234_5678_9000_u64.to_ne_bytes());
-        message[24..28].copy_from_slice(&4711_u32.to_ne_bytes());
-        let Event::Fault { address, thread } = event(&message) else { panic!("a fault") };
-        assert_eq!((address, thread), (0x7fff_1234_5678_9000, 4711));
-        message[0] = 0x14;
-        assert!(matches!(event(&message), Event::Other));
-    }
-
-    #[test]
-    fn requests_have_the_kernels_numbers() {
-        use nix::{request_code_read, request_code_readwrite};
-        let both = |number, size| request_code_readwrite!(uapi::UFFDIO, number, size);
-        let read = |number, size| request_code_read!(uapi::UFFDIO, number, size);
-        assert_eq!(both(uapi::_UFFDIO_API, size_of::<uapi::uffdio_api>()), u64::from(ioctl::UFFDIO_API));
-        assert_eq!(both(uapi::_UFFDIO_REGISTER, size_of::<uapi::uffdio_register>()), u64::from(ioctl::UFFDIO_REGISTER));
-        assert_eq!(both(uapi::_UFFDIO_CONTINUE, size_of::<uapi::uffdio_continue>()), u64::from(ioctl::UFFDIO_CONTINUE));
-        assert_eq!(
-            read(uapi::_UFFDIO_UNREGISTER, size_of::<uapi::uffdio_range>()),
-            u64::from(ioctl::UFFDIO_UNREGISTER)
-        );
-        assert_eq!(read(uapi::_UFFDIO_WAKE, size_of::<uapi::uffdio_range>()), u64::from(ioctl::UFFDIO_WAKE));
+        Ok(self.0.read_event().map_err(errno)?.map(|event| match event {
+            userfaultfd::Event::Pagefault { addr, thread_id, .. } => {
+                Event::Fault { address: addr as u64, thread: thread_id.as_raw() }
+            }
+            userfaultfd::Event::Fork { uffd } => Event::Fork(Self(uffd)),
+            _ => Event::Other,
+        }))
     }
 }

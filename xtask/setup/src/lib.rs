@@ -3,7 +3,6 @@
 //!
 //! It is itself built before anything is installed: what it depends on may need Rust and a linker, nothing else.
 
-use crate::command;
 use anyhow::{Context, Result, bail, ensure};
 use std::{
     fs,
@@ -12,6 +11,12 @@ use std::{
     path::Path,
     process::{Command, Stdio},
 };
+
+/// Whether this is root.
+#[must_use]
+pub fn is_root() -> bool {
+    nix::unistd::geteuid().is_root()
+}
 
 /// What is needed.
 struct Need {
@@ -36,7 +41,7 @@ const fn need_of_root(file: &'static str, package: &'static str, purpose: &'stat
 const NEEDED: [Need; 15] = [
     need("/usr/bin/gcc", "gcc", "test programs and patches"),
     need("/usr/bin/g++", "g++", "test programs and patches in C++"),
-    need("/usr/bin/clang", "clang", "patches by another compiler"),
+    need("/usr/bin/clang", "clang", "patches by another compiler, and libclang for the bindings of userfaultfd"),
     need("/usr/include/stdio.h", "libc6-dev", "test programs"),
     need("/usr/bin/objcopy", "binutils", "tests of debug files"),
     need("/usr/bin/xz", "xz-utils", "tests of debug files"),
@@ -64,6 +69,9 @@ fn packages(needs: &[&Need]) -> Vec<&'static str> {
 }
 
 /// Installs what is missing; says each thing it does.
+///
+/// # Errors
+/// Something is missing that can't be installed.
 pub fn run() -> Result<()> {
     let missing = missing();
     if missing.is_empty() {
@@ -75,7 +83,7 @@ pub fn run() -> Result<()> {
     }
     let packages = packages(&missing);
     let by_hand = format!("apt-get install --no-install-recommends {}", packages.join(" "));
-    if !command::is_root() {
+    if !is_root() {
         if missing.iter().all(|need| need.root_only) {
             eprintln!("setup: what only root can run would need: {by_hand}");
             return Ok(());
@@ -94,6 +102,9 @@ pub fn run() -> Result<()> {
 }
 
 /// Installs Debian packages, without starting the services that come with them.
+///
+/// # Errors
+/// apt-get says so.
 pub fn install_packages(packages: &[&str]) -> Result<()> {
     if packages.is_empty() {
         return Ok(());
@@ -188,19 +199,28 @@ mod tests {
         assert_eq!(packages(&needs.iter().collect::<Vec<_>>()), ["a", "b"]);
     }
 
-    /// On a fresh machine this program, and asap itself, are built before set-up has installed a compiler for C, libclang or
-    /// the like.
+    /// On a fresh machine this program is built before it has installed a compiler for C, libclang or the like.
     #[test]
     fn what_set_up_is_built_from_needs_nothing_that_it_would_install() {
-        let mut tree = command::cargo();
-        // With what tests alone need, and programs that build scripts use.
-        tree.args(["tree", "--workspace", "--all-features", "--edges", "all", "--prefix", "none", "--format", "{p}"]);
+        let mut tree = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        // With programs that build scripts use.
+        tree.args([
+            "tree",
+            "--package",
+            "xtask-setup",
+            "--edges",
+            "normal,build",
+            "--prefix",
+            "none",
+            "--format",
+            "{p}",
+        ]);
         let output = tree.output().expect("cargo tree");
         let tree = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let names: std::collections::BTreeSet<&str> =
             tree.lines().filter_map(|line| line.split_ascii_whitespace().next()).collect();
-        assert!(names.contains("asap-user") && names.contains("libc"), "{tree}");
+        assert!(names.contains("xtask-setup") && names.contains("libc"), "{tree}");
         for helper in ["autotools", "bindgen", "cc", "clang-sys", "cmake", "pkg-config", "vcpkg"] {
             assert!(!names.contains(helper), "a build script uses {helper}: cargo tree --invert {helper}");
         }
