@@ -165,7 +165,8 @@ pub enum Mechanism {
     Auto,
     /// A jump at the function's entry, installed by exchanging the text page.
     Page,
-    /// An eBPF uprobe program that writes the instruction pointer. Not usable yet: refused on every kernel.
+    /// An eBPF uprobe program that writes the instruction pointer; needs a kernel that lets it (`asap doctor`), and costs each
+    /// call a trap.
     Redirect,
 }
 
@@ -259,6 +260,8 @@ pub struct InstalledPatch {
     pub sha256: String,
     /// When it went in, seconds since the epoch.
     pub installed_at: u64,
+    /// How calls reach it: never `auto`.
+    pub mechanism: Mechanism,
     /// The functions it replaces.
     pub functions: Vec<FunctionReport>,
 }

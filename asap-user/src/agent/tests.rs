@@ -60,6 +60,7 @@ impl Operations for Straw {
                 name,
                 sha256: bytes.to_string(),
                 installed_at: 0,
+                mechanism: Mechanism::Page,
                 functions: Vec::new(),
             },
             processes: Vec::new(),

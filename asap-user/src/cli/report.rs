@@ -1,7 +1,7 @@
 //! How targets and patches look; used by several subcommands.
 
 use super::text::{count, microseconds, point_in_time, printable, table};
-use crate::report::{InstalledPatch, PatchReport, TargetReport};
+use crate::report::{InstalledPatch, Mechanism, PatchReport, TargetReport};
 
 /// A target with its processes, patches and notes.
 pub fn target(report: &TargetReport) -> String {
@@ -29,7 +29,10 @@ pub fn target(report: &TargetReport) -> String {
 
 /// Number, name, functions, time, hash.
 pub fn patch_row(patch: &InstalledPatch) -> Vec<String> {
-    let functions: Vec<_> = patch.functions.iter().map(|function| function.name.as_str()).collect();
+    let mut functions: Vec<_> = patch.functions.iter().map(|function| function.name.as_str()).collect();
+    if patch.mechanism == Mechanism::Redirect {
+        functions.push("(redirected)");
+    }
     vec![
         patch.id.0.to_string(),
         patch.name.clone(),
@@ -73,7 +76,7 @@ pub mod tests {
     use super::*;
     use crate::{
         address::TargetAddr,
-        report::{FunctionReport, PatchId, ProcessPatchReport, ProcessReport},
+        report::{FunctionReport, Mechanism, PatchId, ProcessPatchReport, ProcessReport},
     };
 
     pub fn installed() -> InstalledPatch {
@@ -82,6 +85,7 @@ pub mod tests {
             name: "fix".to_owned(),
             sha256: "0123456789abcdef".repeat(4),
             installed_at: 1_700_000_000,
+            mechanism: Mechanism::Page,
             functions: vec![FunctionReport {
                 name: "ap_byterange_filter".to_owned(),
                 module: "apache2".to_owned(),

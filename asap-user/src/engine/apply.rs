@@ -22,8 +22,8 @@ use crate::{
     patch::{PatchObject, manifest::Manifest},
     quiesce::observe::Region,
     report::{
-        Failure, FunctionReport, InstalledPatch, PatchId, PatchReport, PatchRequest, ProcessPatchReport, Progress,
-        TargetState,
+        Failure, FunctionReport, InstalledPatch, Mechanism, PatchId, PatchReport, PatchRequest, ProcessPatchReport,
+        Progress, TargetState,
     },
 };
 use sha2::{Digest, Sha256};
@@ -139,6 +139,10 @@ fn identity(target: &Target, wanted: &Wanted<'_>) -> PatchIdentity {
         name: request.name.clone().or_else(told).unwrap_or_else(derived),
         sha256,
         installed_at: SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs()),
+        mechanism: match request.mechanism {
+            Mechanism::Redirect => Mechanism::Redirect,
+            Mechanism::Auto | Mechanism::Page => Mechanism::Page,
+        },
     }
 }
 
@@ -251,6 +255,12 @@ impl Work<'_> {
         images: &mut ImageCache,
         observers: &Observers,
     ) -> Result<(ProcessPatchReport, InstalledPatch), Failure> {
+        if self.identity.mechanism == Mechanism::Redirect && process.book.ledger.sandbox.is_some() {
+            return Err(Failure::refused(
+                format!("process {} is in the sandbox, where calls can't be redirected", process.pid),
+                "use --mechanism auto, or leave first: asap sandbox leave",
+            ));
+        }
         let (modules, functions) = self.plan(process, images)?;
         let replaced = self.replaced(process)?;
         let staged = stage::stage(process, &modules, &functions, self.wanted.object, self.identity)?;

@@ -33,13 +33,13 @@ use std::{
 
 /// What this kernel offers for looking at threads; loaded once per agent.
 pub struct Observers {
-    ebpf: Result<Ebpf, String>,
+    ebpf: Result<Arc<Ebpf>, String>,
 }
 
 impl Observers {
     /// Loads what there is: some 30 ms.
     pub fn load() -> Self {
-        let ebpf = Ebpf::load().map_err(|error| {
+        let ebpf = Ebpf::load().map(Arc::new).map_err(|error| {
             tracing::info!(%error, "no eBPF: threads are looked at through /proc and ptrace");
             error.to_string()
         });
@@ -48,7 +48,12 @@ impl Observers {
 
     /// The eBPF programs, if this kernel takes them.
     fn ebpf(&self) -> Result<&Ebpf, String> {
-        self.ebpf.as_ref().map_err(Clone::clone)
+        self.ebpf.as_deref().map_err(Clone::clone)
+    }
+
+    /// As `ebpf`, to be kept.
+    pub fn shared(&self) -> Option<Arc<Ebpf>> {
+        self.ebpf.as_ref().ok().map(Arc::clone)
     }
 
     /// Where the threads of a process are: each with its stack, innermost first, as far as `unwinder` knows the way.
@@ -94,11 +99,11 @@ impl Observers {
     /// Whether a uprobe program may write registers here.
     ///
     /// # Errors
-    /// It may not, or asap does not use it yet.
+    /// It may not.
     pub fn redirect_available(&self) -> Result<(), Failure> {
         let reason = match self.ebpf() {
             Ok(ebpf) => match ebpf.redirect_available() {
-                Ok(()) => "the engine does not install patches by redirection yet".to_owned(),
+                Ok(()) => return Ok(()),
                 Err(error) => error.to_string(),
             },
             Err(reason) => reason,

@@ -5,8 +5,8 @@ use super::{
     call_stack, hooks,
     ledger::{AppliedPatch, ChangedPage, Pending, Span},
     process::{TargetProcess, explain, gone},
-    sandbox,
-    text::{self, Jumps},
+    redirect, sandbox,
+    text::{self, Jumps, Probes},
     unloaded,
 };
 use crate::{
@@ -49,6 +49,8 @@ struct PageChange {
 #[derive(Debug)]
 pub struct Exchange {
     goal: Vec<AppliedPatch>,
+    /// What leads calls away now.
+    before: Jumps,
     changes: Vec<PageChange>,
     /// What becomes of the memory of patches that are taken out.
     memory: OldMemory,
@@ -112,9 +114,9 @@ impl Exchange {
             ledger.staging.clear();
         })?;
         crate::fault::point("exchange.recorded");
-        let mut exchange = Self { goal, changes: Vec::new(), memory };
+        let mut exchange = Self { goal, before, changes: Vec::new(), memory };
         for page in pages {
-            match prepare_page(process, page, &before, &after) {
+            match prepare_page(process, page, &exchange.before, &after) {
                 Ok(change) => exchange.changes.push(change),
                 Err(failure) => {
                     exchange.abandon(process);
@@ -141,9 +143,11 @@ impl Exchange {
         let mut laid = Laid::default();
         let all: Result<(), Failure> = (|| {
             for change in &self.changes {
-                laid.back.push(copy_of(process, change.spare, &change.clean, &change.before, change.lock)?);
+                laid.back.push(change.copy_with(process, &self.before)?);
+                // It holds no probe: none would be set there.
+                let content = text::render(change.page, &change.clean, &self.before, Probes::AsJumps);
                 let keeper = process.gates.as_mut().map_err(|reason| no_gates(pid, reason))?;
-                let gate = keeper.prepare(&mut process.puppet, &change.before);
+                let gate = keeper.prepare(&mut process.puppet, &content);
                 laid.gates.push(gate.map_err(|error| no_gates(pid, error))?);
             }
             Ok(())
@@ -239,7 +243,7 @@ impl Exchange {
             let mut fresh = back;
             for index in fresh.len()..error.done {
                 let change = &self.changes[index];
-                if let Ok(copy) = copy_of(process, change.spare, &change.clean, &change.before, change.lock) {
+                if let Ok(copy) = change.copy_with(process, &self.before) {
                     fresh.push(copy);
                 }
             }
@@ -393,6 +397,30 @@ fn second_mapping(puppet: &mut Puppet, page: TargetAddr, lock: Option<Lock>) -> 
     spare
 }
 
+impl PageChange {
+    /// A page for the place of this one, with these detours.
+    fn copy_with(&self, process: &mut TargetProcess, jumps: &Jumps) -> Result<TargetAddr, Failure> {
+        page_with(process, ChangedPage { page: self.page, spare: self.spare }, &self.clean, jumps, self.lock)
+    }
+}
+
+/// A page for the place of `at`, whose file has `clean` there, with these detours.
+fn page_with(
+    process: &mut TargetProcess,
+    at: ChangedPage,
+    clean: &[u8],
+    jumps: &Jumps,
+    lock: Option<Lock>,
+) -> Result<TargetAddr, Failure> {
+    let content = text::render(at.page, clean, jumps, Probes::Unset);
+    let probes = text::probes(at.page, jumps);
+    if probes.is_empty() {
+        return copy_of(process, at.spare, clean, &content, lock);
+    }
+    let shown = text::render(at.page, clean, jumps, Probes::Set);
+    redirect::lay(process, at.page, &redirect::Content { bytes: &content, shown: &shown, probes: &probes }, lock)
+}
+
 /// A copy of the page behind `spare` with `bytes` in it, locked like the page in whose place it will be.
 fn copy_of(
     process: &mut TargetProcess,
@@ -461,7 +489,7 @@ fn prepare_page(
         }
     };
     process.note_clean_page(page, &clean);
-    let expected = text::render(page, &clean, before);
+    let expected = text::render(page, &clean, before, Probes::Set);
     if now != expected {
         let at = now.iter().zip(&expected).position(|(a, b)| a != b).unwrap_or(0);
         return Err(Failure::refused(
@@ -474,8 +502,8 @@ fn prepare_page(
             "remove the foreign breakpoint, probe or patch first (debuggers, bpftrace, perf probe), then try again",
         ));
     }
-    let rendered = text::render(page, &clean, after);
-    let next = copy_of(process, spare, &clean, &rendered, lock)?;
+    let rendered = text::render(page, &clean, after, Probes::Set);
+    let next = page_with(process, ChangedPage { page, spare }, &clean, after, lock)?;
     Ok(PageChange { page, spare, before: now, after: rendered, clean, lock, next: Some(next) })
 }
 
@@ -540,7 +568,7 @@ pub fn recover(process: &mut TargetProcess) -> Result<(), Failure> {
             Some(spare) => pages::content(&process.memory, spare).map_err(|error| gone(pid, error))?,
             None => now.clone(),
         };
-        forward &= spare.is_some() && now == text::render(page, &clean, &after);
+        forward &= spare.is_some() && now == text::render(page, &clean, &after, Probes::Set);
     }
     // Pages whose jumps don't differ between the two are not in the transaction: an empty one goes back, harmlessly.
     forward &= !pending.pages.is_empty();
@@ -551,8 +579,7 @@ pub fn recover(process: &mut TargetProcess) -> Result<(), Failure> {
         let known = process.book.ledger.pages.iter().find(|known| known.page == page).copied();
         if let (true, Some(known)) = (is_gate, known) {
             let clean = pages::content(&process.memory, known.spare).map_err(|error| gone(pid, error))?;
-            let rendered = text::render(page, &clean, jumps);
-            let copy = copy_of(process, known.spare, &clean, &rendered, lock_of(pid, page))?;
+            let copy = page_with(process, known, &clean, jumps, lock_of(pid, page))?;
             process.puppet.exchange(&process.memory, &[(copy, page)]).map_err(|error| gone(pid, error))?;
         }
     }
@@ -598,7 +625,7 @@ fn remove_orphans(process: &mut TargetProcess, touched: &[TargetAddr]) -> Result
         })
         .collect();
     for (index, mapping) in maps.0.iter().enumerate() {
-        let gate = mapping.name.starts_with("/memfd:asap-gate");
+        let gate = ["/memfd:asap-gate", redirect::NAME].iter().any(|name| mapping.name.starts_with(name));
         // A module's own text lies beside other parts of its file; a copy of ours lies alone.
         let neighbours = [index.checked_sub(1).and_then(|before| maps.0.get(before)), maps.0.get(index + 1)];
         let alone = !neighbours.into_iter().flatten().any(|other| {

@@ -7,7 +7,7 @@
 use crate::{
     address::TargetAddr,
     process::{maps::Maps, memory::Memory, puppet::Puppet},
-    report::{FunctionReport, InstalledPatch, PatchId},
+    report::{FunctionReport, InstalledPatch, Mechanism, PatchId},
 };
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -22,8 +22,8 @@ const SLOT_HEADER: usize = 24;
 /// Where the mark of a home lies, in bytes from its start.
 const MARK_AT: i64 = 16;
 const MARK: &[u8; 8] = b"asaphome";
-/// Changes when an older agent could misread what a newer one wrote. 2: the sandbox.
-const FORMAT: u32 = 2;
+/// Changes when an older agent could misread what a newer one wrote. 2: the sandbox. 3: redirection.
+const FORMAT: u32 = 3;
 
 /// A half-open range of addresses in the target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -115,6 +115,9 @@ pub struct AppliedPatch {
     pub registered: Option<TargetAddr>,
     /// What it replaces.
     pub functions: Vec<AppliedFunction>,
+    /// How calls reach it.
+    #[serde(default)]
+    pub mechanism: Mechanism,
     /// What it wants run.
     pub hooks: AppliedHooks,
 }
@@ -128,6 +131,10 @@ impl AppliedPatch {
             name: self.name.clone(),
             sha256: self.sha256.clone(),
             installed_at: self.installed_at,
+            mechanism: match self.mechanism {
+                Mechanism::Auto => Mechanism::Page,
+                told => told,
+            },
             functions: self
                 .functions
                 .iter()

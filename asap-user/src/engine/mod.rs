@@ -12,6 +12,7 @@ mod modules;
 mod patch_file;
 mod plan;
 mod process;
+mod redirect;
 mod refuse;
 mod resolve;
 mod revert;
@@ -75,6 +76,7 @@ impl Engine {
         // SAFETY: no memory is involved. Without the right to raise it the priority stays.
         unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -20) };
         raise_descriptor_limit();
+        redirect::sweep();
         Self {
             targets: BTreeMap::new(),
             images: ImageCache::default(),
@@ -115,8 +117,11 @@ impl Engine {
     /// The helpers of processes that have ended go with them.
     fn bury_dead(&mut self) {
         let (news, ended) = (&mut self.news, &mut self.ended);
+        let mut has_buried = false;
         self.targets.retain(|pid, target| {
+            let living = target.processes.len();
             target.bury_dead();
+            has_buried |= target.processes.len() < living;
             let is_empty = target.processes.is_empty();
             if is_empty {
                 tracing::info!(pid, "the target has ended");
@@ -125,6 +130,9 @@ impl Engine {
             }
             !is_empty
         });
+        if has_buried {
+            redirect::sweep();
+        }
     }
 
     /// Takes children into care that were forked since the last look. They carry the patches that their parents had.
@@ -144,6 +152,7 @@ impl Engine {
     ) -> Result<PatchReport, Failure> {
         if request.mechanism == Mechanism::Redirect {
             self.observers.redirect_available()?;
+            redirect::check_pins()?;
         }
         let files: Vec<(String, Vec<u8>)> = request.files.iter().map(|f| (f.name.clone(), f.bytes.clone())).collect();
         let manifest = patch_file::manifest_of(request)?;
@@ -286,6 +295,7 @@ impl Operations for Engine {
 
     fn patch(&mut self, request: &PatchRequest, progress: &mut dyn FnMut(Progress)) -> Result<PatchReport, Failure> {
         let report = self.patch_all(request, progress);
+        redirect::sweep();
         self.watch.was_disturbed();
         self.images.clear();
         report
@@ -295,6 +305,7 @@ impl Operations for Engine {
         let pid = self.meant(request.pid)?;
         let target = self.targets.get_mut(&pid).ok_or_else(|| process::gone(pid, "it is not there"))?;
         let report = revert::revert(target, &mut self.images, &self.observers, request, progress);
+        redirect::sweep();
         self.watch.was_disturbed();
         self.images.clear();
         report
@@ -322,6 +333,7 @@ impl Operations for Engine {
         let remaining = target.patches();
         let clean = target.leave_all();
         self.targets.remove(&pid);
+        redirect::sweep();
         self.images.clear();
         Ok(DetachReport { pid, reverted, remaining, clean })
     }

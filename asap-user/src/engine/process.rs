@@ -3,10 +3,11 @@
 
 use super::{
     ledger::{HOME_LENGTH, LedgerBook, Span},
-    refuse,
+    redirect, refuse,
 };
 use crate::{
     address::{PAGE_SIZE, TargetAddr},
+    kernel::Ebpf,
     process::{
         gate::Gatekeeper,
         info,
@@ -24,6 +25,7 @@ use std::{
     fs, io,
     ops::Range,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::Arc,
     time::Duration,
 };
 
@@ -50,6 +52,8 @@ pub struct TargetProcess {
     pub book: LedgerBook,
     /// It is in the sandbox.
     pub sandbox: Option<sandbox::Session>,
+    /// For pages with probes; `None`: no eBPF here.
+    pub ebpf: Option<Arc<Ebpf>>,
     /// An earlier agent was here.
     pub adopted: bool,
     /// Longest stop of a thread that taking it into care took.
@@ -86,7 +90,7 @@ impl TargetProcess {
     ///
     /// # Errors
     /// It can't be a target; it is as it was.
-    pub fn attach(pid: i32, children: &[i32]) -> Result<Self, Failure> {
+    pub fn attach(pid: i32, children: &[i32], ebpf: Option<Arc<Ebpf>>) -> Result<Self, Failure> {
         refuse::check(pid)?;
         let pidfd = puppet::pidfd_open(pid).map_err(|error| gone(pid, error))?;
         let failed = |error: io::Error| match error.kind() {
@@ -136,6 +140,7 @@ impl TargetProcess {
             gates: Err("not tried".into()),
             book,
             sandbox: None,
+            ebpf,
             adopted,
             longest_stop: borrowed.stop,
             baseline: Baseline { mappings, pages: BTreeMap::new() },
@@ -259,16 +264,17 @@ impl TargetProcess {
         !matches!(poll(&mut ended, PollTimeout::ZERO), Ok(0))
     }
 
-    /// Its mappings now; those of a process in the sandbox as if it were not.
+    /// Its mappings now; those of a process in the sandbox as if it were not, and pages with probes as those of their files.
     ///
     /// # Errors
     /// It is gone.
     pub fn maps(&self) -> Result<Maps, Failure> {
         let maps = self.listed_maps()?;
-        Ok(match &self.book.ledger.sandbox {
+        let maps = match &self.book.ledger.sandbox {
             Some(record) => sandbox::as_native(maps, record),
             None => maps,
-        })
+        };
+        Ok(redirect::as_files(maps, &self.book.ledger.pages))
     }
 
     /// Its mappings now, as the kernel lists them.

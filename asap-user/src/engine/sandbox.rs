@@ -14,8 +14,8 @@ use crate::{
     process::{curtain, maps::Mapping},
     quiesce::unwind::Unwinder,
     report::{
-        AttachRequest, Failure, Operations, Progress, SandboxAction, SandboxFamily, SandboxProcess, SandboxReport,
-        SandboxRequest, SiteCount, TargetState,
+        AttachRequest, Failure, Mechanism, Operations, Progress, SandboxAction, SandboxFamily, SandboxProcess,
+        SandboxReport, SandboxRequest, SiteCount, TargetState,
     },
     sandbox::{
         self, Family, Host, Record, SandboxError, Session,
@@ -94,6 +94,12 @@ fn enter(process: &mut TargetProcess, observers: &Observers, guarded: &Guarded) 
         Some(record) if Guarded::of(record) == *guarded => return Ok(()),
         Some(_) => leave(process, observers)?,
         None => {}
+    }
+    if let Some(patch) = process.book.ledger.patches.iter().find(|patch| patch.mechanism == Mechanism::Redirect) {
+        return Err(Failure::refused(
+            format!("patch {} ({}) is redirected: its pages can't go into the sandbox", patch.id.0, patch.name),
+            "revert it, enter, and apply it again without --mechanism redirect",
+        ));
     }
     let entered = with_host(process, observers, |host, session| {
         Session::enter(host, &guarded.policy, guarded.learns).map(|(entered, _)| {

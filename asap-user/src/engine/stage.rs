@@ -12,7 +12,7 @@ use super::{
 use crate::{
     address::{PAGE_SIZE, TargetAddr},
     patch::{Bases, LinkedPatch, PatchError, PatchObject, prologue},
-    report::{Failure, PatchId},
+    report::{Failure, Mechanism, PatchId},
 };
 use std::{cell::RefCell, collections::HashMap, time::Duration};
 
@@ -45,6 +45,8 @@ pub struct PatchIdentity {
     pub sha256: String,
     /// Seconds since the epoch.
     pub installed_at: u64,
+    /// How calls are to reach it.
+    pub mechanism: Mechanism,
 }
 
 /// Room for one relocated prologue, bytes: at most four instructions more than the jump, and the jump back.
@@ -271,6 +273,7 @@ fn describe(
             // A place for it, until it is registered.
             registered: None,
             functions: applied,
+            mechanism: identity.mechanism,
             hooks: AppliedHooks {
                 pre_revert: addresses(&hooks.pre_revert)?,
                 post_revert: addresses(&hooks.post_revert)?,

@@ -52,7 +52,7 @@ impl Target {
     /// # Errors
     /// One of the processes can't be attached; none is then.
     pub fn attach(root: i32, only: bool, observers: &Observers) -> Result<Self, Failure> {
-        let process = TargetProcess::attach(root, &observers.children(root))?;
+        let process = TargetProcess::attach(root, &observers.children(root), observers.shared())?;
         let executable =
             executable_of(root).ok_or_else(|| super::process::gone(root, "its executable is not there"))?;
         let tid = info::living_thread(root).unwrap_or(root);
@@ -102,7 +102,7 @@ impl Target {
             }
             let mut attached = false;
             for pid in new {
-                match TargetProcess::attach(pid, &observers.children(pid)) {
+                match TargetProcess::attach(pid, &observers.children(pid), observers.shared()) {
                     Ok(mut process) => {
                         recover(&mut process, observers)?;
                         self.processes.insert(pid, process);

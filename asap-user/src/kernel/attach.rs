@@ -18,8 +18,8 @@ use std::{
 
 /// Where probes go.
 pub struct Places<'a> {
-    /// The only process that is affected, all its threads.
-    pub pid: i32,
+    /// The only process that is affected, all its threads; `None`: all that map the file.
+    pub pid: Option<i32>,
     /// A path that leads to the mapped file itself, such as one of `/proc/PID/map_files`.
     pub file: &'a Path,
     /// Offsets in the file, of first bytes of instructions.
@@ -37,13 +37,17 @@ pub fn attach(program: &'static str, maps: &[(&str, &MapData)], places: &Places<
     let path = CString::new(places.file.as_os_str().as_bytes()).map_err(|_| unusable("its name holds a 0 byte"))?;
     let failed = |source: io::Error| KernelError::Attach {
         program,
-        place: format!("{} places in {} for process {}", places.offsets.len(), places.file.display(), places.pid),
+        place: format!("{} places in {}", places.offsets.len(), places.file.display()),
         source,
     };
-    let pid = u32::try_from(places.pid)
-        .ok()
-        .filter(|&pid| pid != 0)
-        .ok_or_else(|| failed(io::Error::from_raw_os_error(libc::ESRCH)))?;
+    let pid = match places.pid {
+        // To the kernel 0 means all.
+        Some(pid) => u32::try_from(pid)
+            .ok()
+            .filter(|&pid| pid != 0)
+            .ok_or_else(|| failed(io::Error::from_raw_os_error(libc::ESRCH)))?,
+        None => 0,
+    };
     let what = ProgramType { kind: PROGRAM_UPROBE, attach: ATTACH_UPROBE_MULTI, ..ProgramType::default() };
     let loaded = object::load_program(program, maps, what)?;
     syscall::link_uprobes(loaded.as_fd(), &path, places.offsets, places.cookies, pid).map_err(failed)

@@ -74,7 +74,7 @@ const TRIALS: [Trial; 11] = [
     ),
     (
         "redirect",
-        "nothing yet: `asap patch --mechanism redirect` is refused on every kernel",
+        "--mechanism redirect: functions replaced without a byte of ours at their entry",
         "a kernel that lets uprobe programs write registers (7.2 does); asap works without",
         redirect_program,
     ),

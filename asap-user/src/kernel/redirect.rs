@@ -64,9 +64,30 @@ impl Ebpf {
     ) -> Result<RedirectLink, KernelError> {
         let (offsets, cookies): (Vec<u64>, Vec<u64>) =
             functions.iter().map(|&(offset, slot)| (offset, u64::from(slot))).unzip();
-        let places = Places { pid, file, offsets: &offsets, cookies: &cookies };
+        let places = Places { pid: Some(pid), file, offsets: &offsets, cookies: &cookies };
         let maps = [("LAYOUT", &self.layout), (TARGETS, &table.map)];
         attach(PROGRAM, &maps, &places).map(RedirectLink)
+    }
+
+    /// Sends calls elsewhere, for good: places in a file that nobody maps but the process `pid` and those that it forks, with the
+    /// addresses that threads are sent to. Holds from now on in all of them, as long as they run the program that they run now.
+    ///
+    /// # Errors
+    /// The kernel refuses the program; process or file are gone; there are more than [`REDIRECTS`] places. Nothing is left behind.
+    pub fn redirect_file(&self, pid: i32, file: &Path, places: &[(u64, u64)]) -> Result<RedirectLink, KernelError> {
+        let unusable = |reason: &str| KernelError::File { file: file.to_owned(), reason: reason.to_owned() };
+        if places.len() > REDIRECTS {
+            return Err(unusable("it has too many places"));
+        }
+        let exec_id = self.snapshot(pid, 0, None)?.tasks.first().map(|task| task.exec_id);
+        let table = RedirectTable::create(exec_id.ok_or_else(|| unusable("the process is gone"))?)?;
+        let slots: Vec<(u32, u64)> = (0..).zip(places.iter().map(|&(_, to)| to)).collect();
+        table.prepare(&slots);
+        table.turn();
+        let offsets: Vec<u64> = places.iter().map(|&(offset, _)| offset).collect();
+        let cookies: Vec<u64> = slots.iter().map(|&(slot, _)| slot.into()).collect();
+        let places = Places { pid: None, file, offsets: &offsets, cookies: &cookies };
+        attach(PROGRAM, &[("LAYOUT", &self.layout), (TARGETS, &table.map)], &places).map(RedirectLink)
     }
 }
 

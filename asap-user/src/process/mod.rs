@@ -13,4 +13,4 @@ pub mod pages;
 pub mod ptrace;
 pub mod puppet;
 mod sigframe;
-mod userfault;
+pub mod userfault;

@@ -454,7 +454,7 @@ impl Puppet {
     ///
     /// # Errors
     /// The descriptor is not open, or the puppet is gone.
-    pub(super) fn fd_of(&self, descriptor: u64) -> io::Result<OwnedFd> {
+    pub fn fd_of(&self, descriptor: u64) -> io::Result<OwnedFd> {
         // SAFETY: no pointers; a non-negative result is a new descriptor that nobody else owns.
         unsafe {
             let fd = libc::syscall(libc::SYS_pidfd_getfd, self.pidfd.as_raw_fd(), descriptor as i32, 0);

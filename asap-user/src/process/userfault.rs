@@ -74,7 +74,10 @@ pub(super) fn open(puppet: &mut Puppet, target: i32, forks: Forks) -> Result<(Uf
 
 /// Maps `length` bytes of the memfd that is open in the puppet as `in_puppet`, readable and executable: at `place`, which must be
 /// free, or where the kernel chooses. Private, so that debuggers can still write to the pages through /proc/PID/mem.
-pub(super) fn map_text(
+///
+/// # Errors
+/// The kernel refuses.
+pub fn map_text(
     puppet: &mut Puppet,
     in_puppet: u64,
     offset: u64,

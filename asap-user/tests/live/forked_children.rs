@@ -37,6 +37,10 @@ fn fresh_values(target: &Fixture) -> Vec<i64> {
 #[test]
 fn children_forked_before_and_after_the_patch_carry_it() {
     let Some(lab) = Lab::new("children_forked_before_and_after_the_patch_carry_it") else { return };
+    before_and_after(&lab);
+}
+
+pub fn before_and_after(lab: &Lab) {
     let target = workers();
     target.ask("fork 4");
     assert_eq!(fresh_values(&target), [11; 4]);
@@ -45,7 +49,7 @@ fn children_forked_before_and_after_the_patch_carry_it() {
     let attached = lab.attach(target.pid());
     assert_eq!(attached.target.processes.len(), 5);
     target.ask("fork 2");
-    let report = lab.patch(&["--function", "victim", &adds(&lab, 2)]);
+    let report = lab.patch(&["--function", "victim", &adds(lab, 2)]);
     assert_eq!(report.processes.len(), 7, "{report:?}");
     assert_eq!(fresh_values(&target), [12; 6]);
     assert_eq!(target.numbers("storm 20"), [12; 20], "children are born patched");
@@ -53,7 +57,7 @@ fn children_forked_before_and_after_the_patch_carry_it() {
     assert_eq!(fresh_values(&target), [12; 9]);
     wait_until("the new children are in care", || lab.status().targets[0].processes.len() == 10);
 
-    lab.patch(&["--function", "victim", &adds(&lab, 3)]);
+    lab.patch(&["--function", "victim", &adds(lab, 3)]);
     assert_eq!(fresh_values(&target), [13; 9]);
     lab.revert(&[]);
     assert_eq!(fresh_values(&target), [12; 9]);
@@ -70,9 +74,13 @@ fn children_forked_before_and_after_the_patch_carry_it() {
 #[test]
 fn children_of_a_patched_process_without_an_agent_are_found_later() {
     let Some(lab) = Lab::new("children_of_a_patched_process_without_an_agent_are_found_later") else { return };
+    without_an_agent(&lab);
+}
+
+pub fn without_an_agent(lab: &Lab) {
     let target = workers();
     lab.attach(target.pid());
-    lab.patch(&["--function", "victim", &adds(&lab, 2)]);
+    lab.patch(&["--function", "victim", &adds(lab, 2)]);
     lab.kill_agent();
     target.ask("fork 3");
     assert_eq!(fresh_values(&target), [12; 3]);
@@ -86,12 +94,16 @@ fn children_of_a_patched_process_without_an_agent_are_found_later() {
 #[test]
 fn a_parent_that_forks_all_the_time_has_no_unpatched_child() {
     let Some(lab) = Lab::new("a_parent_that_forks_all_the_time_has_no_unpatched_child") else { return };
+    forks_all_the_time(&lab);
+}
+
+pub fn forks_all_the_time(lab: &Lab) {
     let target = workers();
     target.ask("fork 5");
     lab.attach(target.pid());
     target.ask("often");
     for (more, result) in [(2, 12), (3, 13)] {
-        lab.patch(&["--function", "victim", &adds(&lab, more)]);
+        lab.patch(&["--function", "victim", &adds(lab, more)]);
         let values = fresh_values(&target);
         assert!(values.iter().all(|&value| value == result), "{values:?}");
     }

@@ -24,6 +24,7 @@ mod patch_and_revert;
 mod patch_files;
 mod patch_languages;
 mod patch_references;
+mod redirect;
 mod replaced_executable;
 mod run_command;
 mod sandbox;

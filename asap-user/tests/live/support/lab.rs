@@ -19,6 +19,8 @@ pub struct Lab {
     environment: RefCell<Vec<(String, String)>>,
     agents: RefCell<Vec<i32>>,
     objects: RefCell<usize>,
+    /// How patches are put in; else as asap thinks best.
+    mechanism: Option<&'static str>,
     _serial: MutexGuard<'static, ()>,
 }
 
@@ -83,8 +85,25 @@ impl Lab {
             environment: RefCell::default(),
             agents: RefCell::default(),
             objects: RefCell::default(),
+            mechanism: None,
             _serial: serial,
         })
+    }
+
+    /// A laboratory whose patches go in by redirection; none, and a word, where the kernel does not let them.
+    pub fn redirecting(name: &str) -> Option<Self> {
+        let mut lab = Self::new(name)?;
+        let features = asap::kernel::features();
+        match features.iter().find(|feature| feature.name == "redirect") {
+            Some(feature) if feature.available => {
+                lab.mechanism = Some("redirect");
+                Some(lab)
+            }
+            feature => {
+                println!("SKIPPED (the kernel lets no uprobe program write registers): {name}: {feature:?}");
+                None
+            }
+        }
     }
 
     /// A file in the laboratory.
@@ -113,12 +132,21 @@ impl Lab {
 
     /// Runs asap.
     pub fn asap(&self, arguments: &[&str]) -> Answer {
-        answer(self.start(arguments))
+        let answer = answer(self.start(arguments));
+        if answer.text.contains("does not answer") {
+            describe_agent(&answer.text);
+        }
+        answer
     }
 
     /// Starts asap, to be waited for with [`answer`].
     pub fn start(&self, arguments: &[&str]) -> Child {
         let mut command = self.command(arguments);
+        if let (Some(mechanism), Some(&"patch")) = (self.mechanism, arguments.first())
+            && !arguments.contains(&"--mechanism")
+        {
+            command.args(["--mechanism", mechanism]);
+        }
         command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("asap runs")
     }
 
@@ -250,5 +278,16 @@ pub fn answer(child: Child) -> Answer {
         code: output.status.code().unwrap_or(-1),
         text: String::from_utf8_lossy(&output.stdout).into_owned(),
         errors: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+/// What the threads of an agent that does not answer are at.
+fn describe_agent(text: &str) {
+    let Some(pid) = text.split("(pid ").nth(1).and_then(|rest| rest.split(')').next()) else { return };
+    for entry in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+        let read = |name: &str| fs::read_to_string(entry.path().join(name)).unwrap_or_default();
+        let state = read("stat").rsplit(')').next().map(|rest| rest.chars().take(3).collect::<String>());
+        println!("{} {:?} {} {}", read("comm").trim(), state, read("syscall").trim(), read("wchan"));
+        println!("{}", read("stack"));
     }
 }
