@@ -312,6 +312,8 @@ fn completions_and_man_pages_are_made_for_every_command() {
         let output = place.run(&["completions", shell]);
         assert!(output.status.success());
         assert!(String::from_utf8_lossy(&output.stdout).contains("detach"), "{shell}");
+        let (code, told) = place.json(&["completions", shell]);
+        assert_eq!((code, told["script"].as_str()), (0, Some(&*String::from_utf8_lossy(&output.stdout))), "{shell}");
     }
     let directory = place.dir.path().join("man");
     fs::create_dir(&directory).expect("made");

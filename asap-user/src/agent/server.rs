@@ -42,6 +42,10 @@ const FLUSH: Duration = Duration::from_secs(1);
 /// It can't start (another one runs, directory or log can't be trusted), or its engine ended by a bug.
 pub fn run(options: &AgentOptions, factory: OperationsFactory, ready: impl FnOnce()) -> Result<(), AgentError> {
     socket::prepare_directory(&options.socket)?;
+    // The engine's thread goes before all others; without this, the one that answers clients would get nothing done meanwhile
+    // where the two share a processor, and they would take the agent for hung. It needs little.
+    // SAFETY: no memory is involved. Without the right to raise it the priority stays.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -20) };
     let audit = AuditLog::open(&options.log)?.with_journal(options.journal.as_deref().map(Journal::at));
     let trust = Trust { folder: options.keys.clone(), required: options.require_signature };
     let lock = socket::take_lock(&options.socket)?;

@@ -1,6 +1,6 @@
 //! `asap completions`.
 
-use super::context::print;
+use super::context::Global;
 use crate::report::Failure;
 use clap_complete::Shell;
 
@@ -16,9 +16,10 @@ pub struct Completions {
 }
 
 impl Completions {
-    pub fn run(self) -> Result<(), Failure> {
+    pub fn run(self, global: &Global) -> Result<(), Failure> {
         let mut script = Vec::new();
         clap_complete::generate(self.shell, &mut super::tree(), "asap", &mut script);
-        print(&String::from_utf8_lossy(&script))
+        let script = String::from_utf8_lossy(&script).into_owned();
+        global.show(&serde_json::json!({ "shell": self.shell.to_string(), "script": script }), || script.clone())
     }
 }

@@ -120,7 +120,7 @@ impl Command {
             Self::Verify(command) => command.run(global),
             Self::Agent(command) => command.run(global, factory),
             Self::Stop(command) => command.run(global),
-            Self::Completions(command) => command.run(),
+            Self::Completions(command) => command.run(global),
             Self::Man(command) => command.run(global),
         };
         done.map(|()| ExitCode::SUCCESS)

@@ -1,6 +1,6 @@
 //! The everyday case: functions are replaced and come back, one or several, patches upon patches.
 
-use crate::support::{Fixture, Lab, Snapshot, Source};
+use crate::support::{Fixture, Lab, Snapshot, Source, wait_until};
 
 fn workers(threads: &str) -> Fixture {
     Source::of(&["workers.c"]).start(&[threads])
@@ -29,6 +29,7 @@ fn a_function_is_replaced_and_comes_back() {
     let listed = lab.status().targets;
     assert_eq!(listed[0].patches.iter().map(|patch| patch.id).collect::<Vec<_>>(), [patched.patch.id]);
 
+    wait_until("a worker has called the new code", || target.numbers("counts")[1] > 0);
     let reverted = lab.revert(&[]);
     assert_eq!(reverted.patch.id, patched.patch.id);
     assert_eq!(target.number("call 5"), 6);
