@@ -23,6 +23,8 @@ pub(super) struct Emitter {
     start: u64,
     bytes: Vec<u8>,
     pub(super) places: Vec<Place>,
+    /// Distances of jumps to native addresses: where the four bytes are, and the address.
+    exits: Vec<(usize, u64)>,
 }
 
 /// A short jump whose distance is not known yet.
@@ -30,7 +32,7 @@ pub(super) struct Forward(usize);
 
 impl Emitter {
     pub(super) fn new(start: u64) -> Self {
-        Self { start, bytes: Vec::new(), places: Vec::new() }
+        Self { start, bytes: Vec::new(), places: Vec::new(), exits: Vec::new() }
     }
 
     pub(super) fn here(&self) -> u64 {
@@ -104,6 +106,25 @@ impl Emitter {
         let distance = distance(self.here().wrapping_add(5), to)?;
         self.bytes.push(0xe9);
         self.raw(&distance.to_le_bytes());
+        Ok(())
+    }
+
+    /// The distance of a jump to the native address `to`, which ends the instruction.
+    pub(super) fn exit(&mut self, to: u64) -> Result<(), EmitError> {
+        let distance = distance(self.here().wrapping_add(4), to)?;
+        self.exits.push((self.bytes.len(), to));
+        self.raw(&distance.to_le_bytes());
+        Ok(())
+    }
+
+    /// Jumps to native instructions whose fragment is known go there at once.
+    pub(super) fn link(&mut self, fragment_of: impl Fn(u64) -> Option<u64>) -> Result<(), EmitError> {
+        for (at, to) in std::mem::take(&mut self.exits) {
+            if let Some(fragment) = fragment_of(to) {
+                let next = self.start.wrapping_add(at as u64 + 4);
+                self.patch(at, &distance(next, fragment)?.to_le_bytes());
+            }
+        }
         Ok(())
     }
 

@@ -47,6 +47,7 @@ impl Below {
 /// again arrives five cycles late.
 const FIRST: (Register, u8) = (Register::RCX, 1);
 const SECOND: (Register, u8) = (Register::R11, 11);
+const THIRD: (Register, u8) = (Register::R10, 10);
 
 fn memory(base: Register, displacement: i64) -> MemoryOperand {
     MemoryOperand::with_base_displ_size(base, displacement, u32::from(displacement != 0))
@@ -155,28 +156,16 @@ impl Guards {
     /// At the beginning of a function: copies the return address.
     pub(super) fn copy_return_address(self, emitter: &mut Emitter, native: u64, below: Below) -> Result<(), EmitError> {
         let lowered = below.lowered();
-        let transfer = |emitter: &mut Emitter, slot: MemoryOperand, undo: Undo| {
-            // `push` reads before it moves the stack pointer, `pop` writes after it has.
-            emitter.made(Instruction::with1(Code::Push_rm64, at_stack(lowered)))?;
-            emitter.stands_for(native, undo);
-            emitter.made(Instruction::with1(Code::Pop_rm64, slot))
-        };
-        if self.shadow == ShadowForm::Segment {
-            let spill = Spill { native, lowered, registers: &[] };
-            spill.save(emitter)?;
-            let slot = self.slot(emitter, Register::None, lowered)?;
-            transfer(emitter, slot, Undo::stack(lowered as i16 + 8))?;
-            emitter.stands_for(native, spill.undo());
-            return spill.restore(emitter);
-        }
-        // The word that `push` writes lies between the spilled register and the stack pointer.
-        let at = if lowered == 0 { -16 } else { 0 };
-        let registers = [(SECOND, at)];
-        let spill = Spill { native, lowered, registers: &registers };
+        // Not by `push` and `pop`: they take more time than two registers that are spilled.
+        let (at, at_second) = if lowered == 0 { (-8, -16) } else { (0, 8) };
+        let registers = [(SECOND, at), (THIRD, at_second)];
+        let count = if self.shadow == ShadowForm::Segment { 1 } else { 2 };
+        let spill = Spill { native, lowered, registers: &registers[..count] };
         spill.save(emitter)?;
+        let value = registers[count - 1].0.0;
         let slot = self.slot(emitter, SECOND.0, lowered)?;
-        transfer(emitter, slot, Undo::stack(lowered as i16 + 8).with(SECOND.1, at as i16 + 8))?;
-        emitter.stands_for(native, spill.undo());
+        emitter.load(value, at_stack(lowered))?;
+        emitter.store(slot, value)?;
         spill.restore(emitter)
     }
 

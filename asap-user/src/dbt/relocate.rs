@@ -70,7 +70,7 @@ pub(super) fn relocate(emitter: &mut Emitter, stretch: &Stretch, instruction: &I
             push_return_address(emitter, instruction)?;
             // The return address lies on the stack: the thread is as good as in the callee.
             emitter.stands_for(to, Undo::default());
-            emitter.jump(to)
+            jump(emitter, to)
         }
         FlowControl::IndirectCall => {
             push_return_address(emitter, instruction)?;
@@ -88,13 +88,18 @@ pub(super) fn relocate(emitter: &mut Emitter, stretch: &Stretch, instruction: &I
     }
 }
 
+/// `jmp` to a native address.
+pub(super) fn jump(emitter: &mut Emitter, to: u64) -> Result<(), EmitError> {
+    emitter.raw(&[0xe9]);
+    emitter.exit(to)
+}
+
 fn branch(emitter: &mut Emitter, instruction: &Instruction) -> Result<(), EmitError> {
     let to = instruction.near_branch_target();
     match branch_opcode(instruction).ok_or(EmitError::Immovable)? {
         Opcode::Long(opcode) => {
             emitter.raw(&opcode);
-            let to = distance(emitter.here().wrapping_add(4), to)?;
-            emitter.raw(&to.to_le_bytes());
+            emitter.exit(to)?;
         }
         Opcode::Short(opcode) => {
             // Taken: over a short jump, to a long one. What has happened by then must not happen again.
@@ -103,22 +108,27 @@ fn branch(emitter: &mut Emitter, instruction: &Instruction) -> Result<(), EmitEr
             emitter.stands_for(instruction.next_ip(), Undo::default());
             let not_taken = emitter.skip();
             emitter.stands_for(to, Undo::default());
-            emitter.jump(to)?;
+            jump(emitter, to)?;
             emitter.land(&not_taken)?;
         }
     }
     Ok(())
 }
 
-/// The native return address goes onto the stack, so that whoever looks at the stack sees what it would have seen. `xchg`, since
-/// nothing below the pushed word may change, and no register.
+/// The native return address goes onto the stack, so that whoever looks at the stack sees what it would have seen. What lies
+/// below it is the callee's. By a call, over a byte of padding: the return will be predicted wrongly, but the ones after it will
+/// not, since the processor's own stack of return addresses stays balanced.
 fn push_return_address(emitter: &mut Emitter, instruction: &Instruction) -> Result<(), EmitError> {
     let native = instruction.ip();
-    emitter.raw(&[0x50]); // push %rax
-    emitter.stands_for(native, Undo::stack(8).with(0, 0));
+    let spill = MemoryOperand::with_base_displ_size(Register::RSP, -8, 1);
+    let pushed = MemoryOperand::with_base(Register::RSP);
+    emitter.raw(&[0xe8, 1, 0, 0, 0, 0xcc]);
+    emitter.stands_for(native, Undo::stack(8));
+    emitter.store(spill, Register::RAX)?;
+    emitter.stands_for(native, Undo::stack(8).with(0, -8));
     emitter.address_of(Register::RAX, instruction.next_ip())?;
-    emitter.raw(&[0x48, 0x87, 0x04, 0x24]); // xchg %rax,(%rsp)
-    Ok(())
+    emitter.store(pushed, Register::RAX)?;
+    emitter.load(Register::RAX, spill)
 }
 
 /// `call *x` as `jmp *x`, once the return address has been pushed.

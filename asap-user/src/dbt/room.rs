@@ -9,6 +9,7 @@ use super::{
     relocate::can_move,
 };
 use crate::address::PAGE_SIZE;
+use iced_x86::{FlowControl, Instruction, Mnemonic};
 use std::{
     collections::{BTreeMap, BTreeSet},
     ops::Range,
@@ -106,6 +107,11 @@ impl<'a> Room<'a> {
             && range.into_iter().all(|at| !self.taken.contains(&at) && self.is_touchable(at))
     }
 
+    /// Instructions of this page that run where they are.
+    pub(super) fn is_native(&self, range: Range<u64>) -> bool {
+        self.stretch.starts.has(range.start) && self.is_free(range.clone()) && self.window_over(range.start).is_none()
+    }
+
     /// The window that displaces the instruction at `at`.
     pub(super) fn window_over(&self, at: u64) -> Option<&Window> {
         self.windows.range(..=at).next_back().map(|(_, window)| window).filter(|window| at < window.end)
@@ -177,20 +183,38 @@ impl<'a> Room<'a> {
 
     /// A window that begins at `start` and displaces the instruction at `through`.
     fn try_at(&mut self, start: u64, through: u64, may_evict: bool) -> Option<Jump> {
-        if let Some(end) = self.displaced_end(start, JUMP) {
-            let end = self.extended(start, end, through)?;
+        let near = self.displaced_end(start, JUMP).and_then(|end| self.extended(start, end, through));
+        // A call that runs elsewhere costs much: its return is not predicted.
+        let is_cheap = near.is_some_and(|end| self.call_at_end(start, end).is_none_or(|call| call == through));
+        if let Some(end) = near.filter(|_| is_cheap) {
             self.open(start, end, Jump::Near);
             return Some(Jump::Near);
         }
-        let end = self.displaced_end(start, SHORT_JUMP)?;
-        let end = self.extended(start, end, through)?;
-        let slot = match self.slot_for(start) {
-            Some(slot) => slot,
-            None if may_evict => self.evict_near(start, end)?,
-            None => return None,
-        };
-        self.open(start, end, Jump::Short(slot));
-        Some(Jump::Short(slot))
+        let short = self.displaced_end(start, SHORT_JUMP).and_then(|end| self.extended(start, end, through));
+        if let Some(end) = short
+            && let Some(slot) = self
+                .slot_for(start)
+                .or_else(|| self.grow_near(start, end))
+                .or_else(|| if may_evict { self.evict_near(start, end) } else { None })
+        {
+            self.open(start, end, Jump::Short(slot));
+            return Some(Jump::Short(slot));
+        }
+        let end = near.filter(|_| may_evict)?;
+        self.open(start, end, Jump::Near);
+        Some(Jump::Near)
+    }
+
+    /// The call that is the last of the instructions from `start` to `end`; none is among the others.
+    fn call_at_end(&self, start: u64, end: u64) -> Option<u64> {
+        let mut at = start;
+        while let Some(instruction) = self.stretch.decode(at).filter(|_| at < end) {
+            if instruction.next_ip() >= end {
+                return is_moved_call(&instruction).then_some(at);
+            }
+            at = instruction.next_ip();
+        }
+        None
     }
 
     /// The end of what is displaced from `start` on so that the instruction at `through` is among it; `end` without it.
@@ -215,6 +239,37 @@ impl<'a> Room<'a> {
             }
         }
         Some(at)
+    }
+
+    /// Displaces more by a window near by, so that a short jump at `start` finds room in what is no longer used there. What is
+    /// displaced runs on in the same fragment: that costs nothing.
+    fn grow_near(&mut self, start: u64, end: u64) -> Option<u64> {
+        let reach = start.saturating_sub(126)..start + SHORT_JUMP + 127;
+        let near: Vec<Window> = self
+            .windows
+            .range(reach.start.saturating_sub(JUMP)..reach.end)
+            .map(|(_, window)| *window)
+            .filter(|window| !window.is_sealed)
+            .collect();
+        for window in near {
+            let slot = window.overwritten().end;
+            let last = slot + JUMP - 1;
+            let is_apart = last < start || end <= window.start;
+            if !reach.contains(&slot) || !is_apart || !self.is_free(slot..slot + JUMP) {
+                continue;
+            }
+            let Some(grown) = self.extended(window.start, window.end, last) else { continue };
+            let hits = window.start < end && start < grown;
+            let meets_other = self.windows.range(window.start + 1..grown).next().is_some();
+            if hits || meets_other || self.call_at_end(window.start, grown).is_some() {
+                continue;
+            }
+            if let Some(window) = self.windows.get_mut(&window.start) {
+                window.end = grown;
+                return Some(slot);
+            }
+        }
+        None
     }
 
     /// Moves other instructions away, so that a short jump at `start` has somewhere to go.
@@ -353,6 +408,12 @@ impl<'a> Room<'a> {
         }
         None
     }
+}
+
+/// A call that becomes a push and a jump when it moves: control comes back to the native return address.
+pub(super) fn is_moved_call(instruction: &Instruction) -> bool {
+    matches!(instruction.flow_control(), FlowControl::Call | FlowControl::IndirectCall)
+        && instruction.mnemonic() != Mnemonic::Syscall
 }
 
 fn form(jump: Jump, near: Form, may_evict: bool) -> Form {

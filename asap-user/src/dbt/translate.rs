@@ -2,7 +2,7 @@
 
 use super::{
     analysis::Analysis,
-    code::{Stretch, never_goes_on},
+    code::never_goes_on,
     counts::{Counts, Needless, Outcome, Reason, SiteKind},
     emit::{EmitError, Emitter},
     guards::{Below, Guards, TrapReason},
@@ -10,7 +10,7 @@ use super::{
     options::{Options, ShadowForm},
     places::{Displaced, Place, Undo},
     relocate,
-    room::{JUMP, Jump, Room, SHORT_JUMP, Window},
+    room::{JUMP, Jump, Room, SHORT_JUMP, Window, is_moved_call},
 };
 use crate::address::{ImageOffset, PAGE_SIZE};
 use iced_x86::{Code, FlowControl, Instruction, Mnemonic, OpKind, Register};
@@ -456,14 +456,16 @@ impl Translator {
             displaced: Vec::new(),
             must_move: Vec::new(),
             patched: Vec::new(),
-            counts: plan.counts,
+            counts: Counts::default(),
         };
         let mut emitter = Emitter::new(fragments_at);
         let mut slots = Vec::new();
         let cache_length = self.options.cache.end.0.wrapping_sub(self.options.cache.start.0);
+        let mut fragment_of = HashMap::new();
         for window in plan.room.windows.values() {
             let fragment = emitter.here();
-            let done = self.emit_window(&mut emitter, stretch, &plan.actions, window, &mut out);
+            fragment_of.insert(window.start, fragment);
+            let done = self.emit_window(&mut emitter, &plan, window, &mut out);
             let done = done.and_then(|()| write_jump(&mut out.bytes, page, window, fragment, &mut slots));
             if let Err(error) = done {
                 return Err(TranslateError::Unwritable { at: ImageOffset(window.start), reason: error.to_string() });
@@ -472,10 +474,13 @@ impl Translator {
                 return Err(TranslateError::CacheFull(cache_length));
             }
         }
+        emitter
+            .link(|native| fragment_of.get(&native).copied())
+            .map_err(|error| TranslateError::Unwritable { at: ImageOffset(page), reason: error.to_string() })?;
         let (fragments, places) = emitter.finish();
         self.cache_used += fragments.len() as u64;
         self.traps_used += out.traps.len() as u64 * TRAP_SLOT;
-        (out.fragments, out.places) = (fragments, places);
+        (out.fragments, out.places, out.counts) = (fragments, places, plan.counts);
         out.places.extend(slots);
         out.places.sort_by_key(|place| place.at);
         Ok(out)
@@ -484,11 +489,11 @@ impl Translator {
     fn emit_window(
         &self,
         emitter: &mut Emitter,
-        stretch: &Stretch,
-        actions: &Actions,
+        plan: &Plan<'_>,
         window: &Window,
         out: &mut TranslatedPage,
     ) -> Result<(), EmitError> {
+        let (stretch, actions) = (plan.room.stretch, &plan.actions);
         let mut at = window.start;
         let mut goes_on = true;
         while at < window.end {
@@ -506,10 +511,23 @@ impl Translator {
         if window.is_sealed {
             let instruction = stretch.decode(at).ok_or(EmitError::Immovable)?;
             self.emit_actions(emitter, actions, &instruction, out)?;
-        }
-        if goes_on {
             emitter.stands_for(at, Undo::default());
-            emitter.jump(at)?;
+            // To the instruction itself, whatever else begins there.
+            return emitter.jump(at);
+        }
+        if !goes_on {
+            return Ok(());
+        }
+        // Not back if another fragment is near: what lies between is copied.
+        let between = plan.up_to_a_window(at).unwrap_or_default();
+        for instruction in &between {
+            relocate::relocate(emitter, stretch, instruction)?;
+            at = instruction.next_ip();
+        }
+        let next = plan.room.windows.range(window.start + 1..).next();
+        if !next.is_some_and(|(&start, _)| start == at) {
+            emitter.stands_for(at, Undo::default());
+            relocate::jump(emitter, at)?;
         }
         Ok(())
     }
@@ -590,6 +608,25 @@ impl<'a> Plan<'a> {
         self.room.is_taken(at) && !self.room.windows.contains_key(&at)
     }
 
+    /// The instructions from `at` on up to where a window begins, if they are few, and nothing is to be done about them.
+    fn up_to_a_window(&self, at: u64) -> Option<Vec<Instruction>> {
+        const BYTES_MOST: u64 = 32;
+        let mut between = Vec::new();
+        let mut here = at;
+        while !self.room.windows.contains_key(&here) {
+            let instruction = self.room.stretch.decode(here).filter(relocate::can_move)?;
+            let is_plain = matches!(instruction.flow_control(), FlowControl::Next | FlowControl::ConditionalBranch);
+            let is_native = self.room.is_native(here..instruction.next_ip());
+            let is_near = instruction.next_ip() - at <= BYTES_MOST;
+            if !(is_plain && is_native && is_near) || self.actions.contains_key(&here) {
+                return None;
+            }
+            between.push(instruction);
+            here = instruction.next_ip();
+        }
+        Some(between)
+    }
+
     /// Makes room for a guard; `false`: there is none.
     fn guard(&mut self, instruction: &Instruction, kind: SiteKind, actions: &[Action], may_evict: bool) -> bool {
         let at = instruction.ip();
@@ -603,12 +640,6 @@ impl<'a> Plan<'a> {
         self.counts.add(kind, Outcome::Done(form));
         true
     }
-}
-
-/// A call that has become a push and a jump: control comes back to the native return address.
-fn is_moved_call(instruction: &Instruction) -> bool {
-    matches!(instruction.flow_control(), FlowControl::Call | FlowControl::IndirectCall)
-        && instruction.mnemonic() != Mnemonic::Syscall
 }
 
 fn page_of(at: u64) -> u64 {
