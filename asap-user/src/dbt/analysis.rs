@@ -433,12 +433,16 @@ impl Analysis {
         let mut entries: HashSet<u64> = named.iter().copied().filter(|&at| self.is_instruction(at)).collect();
         let jumped: HashSet<u64> =
             sweep.branches.iter().filter(|b| b.kind != FlowControl::Call).map(|b| b.to).collect();
-        entries.extend(self.parts.iter().map(|part| part.range.start).filter(|start| !jumped.contains(start)));
+        // Where more than the return address lies on the stack nothing is called.
+        let is_unseen = |start: &u64| !jumped.contains(start) && self.is_bare(*start);
+        entries.extend(self.parts.iter().map(|part| part.range.start).filter(is_unseen));
         let starts: HashSet<u64> = self.parts.iter().map(|part| part.range.start).collect();
+        let jumping: HashSet<usize> = sweep.indirect.iter().map(|&(_, part)| self.parts[part].group).collect();
         for &at in &entries {
             let Some(part) = self.part_at(at) else { continue };
-            // The address of a label inside a function is no function.
-            let is_called = starts.contains(&at) || !pointers.contains(&at) || self.is_bare(at);
+            // The address of a label inside a function is no function: least of all where jumps through tables are.
+            let is_label = pointers.contains(&at) && (!self.is_bare(at) || jumping.contains(&part.group));
+            let is_called = starts.contains(&at) || !is_label;
             if is_called {
                 let group = part.group;
                 self.groups[group].function_entries.push(at);
@@ -455,7 +459,9 @@ impl Analysis {
             }
         }
         for &at in &entries {
-            let falls_in = self.stretch(at).and_then(|stretch| stretch.previous(at)).is_some();
+            // In the middle of something it may have left words below the stack pointer.
+            let is_inside = !starts.contains(&at);
+            let falls_in = is_inside || self.stretch(at).and_then(|stretch| stretch.previous(at)).is_some();
             if falls_in && let Some(group) = self.part_at(at).map(|part| part.group) {
                 self.groups[group].reached_inside.insert(at);
             }

@@ -4,6 +4,7 @@
 
 use super::{
     analysis::Analysis,
+    bits::Bits,
     code::{Stretch, never_goes_on},
     counts::Form,
     relocate::can_move,
@@ -59,7 +60,7 @@ pub(super) struct Room<'a> {
     page: Range<u64>,
     keep: BTreeSet<u64>,
     /// Bytes that are overwritten, by window or slot.
-    taken: BTreeSet<u64>,
+    taken: Bits,
     pub(super) windows: BTreeMap<u64, Window>,
     untouched: Vec<Range<u64>>,
 }
@@ -71,7 +72,7 @@ impl<'a> Room<'a> {
             stretch,
             page: page..page.saturating_add(PAGE_SIZE),
             keep: BTreeSet::new(),
-            taken: BTreeSet::new(),
+            taken: Bits::new(page, PAGE_SIZE as usize),
             windows: BTreeMap::new(),
             untouched: untouched.to_vec(),
         }
@@ -92,7 +93,7 @@ impl<'a> Room<'a> {
 
     /// Something overwrites the byte at `at`.
     pub(super) fn is_taken(&self, at: u64) -> bool {
-        self.taken.contains(&at)
+        self.taken.has(at)
     }
 
     /// An entry in `range`.
@@ -104,7 +105,7 @@ impl<'a> Room<'a> {
     fn is_free(&self, range: Range<u64>) -> bool {
         self.page.start <= range.start
             && range.end <= self.page.end
-            && range.into_iter().all(|at| !self.taken.contains(&at) && self.is_touchable(at))
+            && range.into_iter().all(|at| !self.taken.has(at) && self.is_touchable(at))
     }
 
     /// Instructions of this page that run where they are.
@@ -131,7 +132,7 @@ impl<'a> Room<'a> {
             let instruction = self.stretch.decode(at).filter(can_move)?;
             at = instruction.next_ip();
             // A guard's fragment must not run over what another window has overwritten.
-            if (instruction.ip()..at).any(|byte| self.taken.contains(&byte)) {
+            if (instruction.ip()..at).any(|byte| self.taken.has(byte)) {
                 return None;
             }
             if never_goes_on(&instruction) {
@@ -143,11 +144,11 @@ impl<'a> Room<'a> {
     }
 
     fn is_dead(&self, at: u64) -> bool {
-        self.stretch.dead.has(at) && !self.taken.contains(&at)
+        self.stretch.dead.has(at) && !self.taken.has(at)
     }
 
     fn take(&mut self, range: Range<u64>) {
-        self.taken.extend(range);
+        range.for_each(|at| self.taken.set(at));
     }
 
     fn open(&mut self, start: u64, end: u64, jump: Jump) {
@@ -177,7 +178,7 @@ impl<'a> Room<'a> {
     /// A byte of displaced instructions that nothing executes any more.
     fn is_left_over(&self, at: u64) -> bool {
         self.window_over(at).is_some_and(|window| {
-            at >= window.overwritten().end && !self.has_entry(window.start + 1..at + 1) && !self.taken.contains(&at)
+            at >= window.overwritten().end && !self.has_entry(window.start + 1..at + 1) && !self.taken.has(at)
         })
     }
 
@@ -228,8 +229,7 @@ impl<'a> Room<'a> {
         }
         while at <= through {
             let instruction = self.stretch.decode(at).filter(can_move)?;
-            let is_plain =
-                (at..instruction.next_ip()).all(|byte| !self.taken.contains(&byte) && self.is_touchable(byte));
+            let is_plain = (at..instruction.next_ip()).all(|byte| !self.taken.has(byte) && self.is_touchable(byte));
             if !is_plain || !self.stretch.starts.has(at) {
                 return None;
             }

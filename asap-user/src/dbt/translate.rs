@@ -403,7 +403,10 @@ impl Translator {
             return Err(Outcome::Native(Reason::Unpaired));
         }
         // What goes on in the function, or reads below the stack pointer, may have something there.
+        let may_stay =
+            instruction.flow_control() == FlowControl::IndirectBranch && analysis.groups[group].may_use_red_zone;
         let uses_below = instruction.flow_control() == FlowControl::ConditionalBranch
+            || may_stay
             || (instruction.op_count() > 0
                 && instruction.op0_kind() == OpKind::Memory
                 && instruction.memory_base() == Register::RSP);

@@ -4,6 +4,11 @@ use crate::{launch::Program, translations::Guards};
 use asap::dbt::ShadowForm;
 
 fn check(program: &Program) {
+    let found = std::process::Command::new("sh").args(["-c", "command -v \"$0\""]).arg(&program.command[0]).output();
+    if !found.is_ok_and(|found| found.status.success()) {
+        println!("SKIPPED: {} is not installed", program.command[0]);
+        return;
+    }
     let native = program.natively();
     for form in [ShadowForm::Displaced, ShadowForm::Segment, ShadowForm::Folded] {
         let (output, stopped) = program.translated(Guards::all(form));
@@ -17,17 +22,32 @@ fn check(program: &Program) {
 
 #[test]
 fn programs_of_the_system_do_under_all_guards_what_they_do_natively() {
-    check(&Program::of(&["/bin/true"]));
-    check(&Program::of(&["/bin/ls", "-l", "/usr/bin"]));
-    check(&Program::of(&["bash", "-c", "for i in {1..2000}; do x=$((x + i * i)); done; echo $x; ls / | wc -l"]));
-    check(&Program::of(&[
-        "perl",
-        "-e",
-        "my %h; $h{$_ % 97} += $_ for 1..200000; print join(',', map {$h{$_}} sort keys %h)",
-    ]));
+    check(&Program::of(&["ls", "-l", "/usr/bin"]));
+    let loops =
+        "for i in {1..2000}; do x=$((x + i * i)); done; echo $x; ls / | wc -l; trap 'echo caught' USR1; kill -USR1 $$";
+    check(&Program::of(&["bash", "-c", loops]));
+    let hashes =
+        "my %h; $h{$_ % 97} += $_ for 1..200000; eval { die { a => 1 } }; print join(',', map {$h{$_}} sort keys %h)";
+    check(&Program::of(&["perl", "-e", hashes]));
     check(&Program::of(&["sqlite3", ":memory:"]).reading(
-        "create table t(a, b); with recursive n(x) as (select 1 union all select x + 1 from n where x < 20000) insert into t select x, x * x % 977 from n; select b, count(*), sum(a) from t group by b order by b;",
+        "create table t(a, b); with recursive n(x) as (select 1 union all select x + 1 from n where x < 20000) \
+         insert into t select x, x * x % 977 from n; select b, count(*), sum(a) from t group by b order by b;",
     ));
+    let sorted = "local t = {} for i = 1, 20000 do t[i] = (i * 7919) % 10007 end table.sort(t) print(t[1], t[777], #t, \
+                  pcall(error, 'x'), string.format('%5.2f', 2 ^ 0.5), ('a'):rep(9):gsub('a', 'bb'))";
+    check(&Program::of(&["lua5.4", "-e", sorted]));
+    let python = "import json, re, hashlib\ntry:\n  1 / 0\nexcept ZeroDivisionError as e:\n  print(e)\n\
+                  print(json.dumps({str(i): [i, i / 3] for i in range(50)}), re.sub('a(.)', r'\\1b', 'axay' * 9), \
+                  hashlib.sha256(b'x' * 99999).hexdigest(), sum(i * i for i in range(99999)))";
+    check(&Program::of(&["/usr/bin/python3", "-c", python]));
+    let bytes: Vec<u8> = (0..300_000_u32).flat_map(|n| (n * n / 7).to_le_bytes()).collect();
+    check(&Program::of(&["gzip", "-9nc"]).reading(bytes.clone()));
+    check(&Program::of(&["xz", "-1", "-T1", "-c"]).reading(bytes.clone()));
+    check(&Program::of(&["openssl", "dgst", "-sha512"]).reading(bytes.clone()));
+    check(&Program::of(&["openssl", "enc", "-aes-256-ctr", "-K", "00112233", "-iv", "00"]).reading(bytes));
+    let source = "int printf(const char *, ...); int f(int n) { switch (n) { case 1: return 5; case 2: return 9; case 3: return 1; \
+                  case 4: return 7; case 5: return 8; } return n; } int main() { return printf(\"%d\", f(3)); }";
+    check(&Program::of(&["gcc", "-O2", "-S", "-x", "c", "-o", "-", "-"]).reading(source));
 }
 
 /// For measurements by hand: `ASAP_TEST_PROGRAM='fib 32' cargo test --test translated by_hand -- --ignored --nocapture`.

@@ -142,7 +142,9 @@ impl Translations {
             }
             let mut taken = mappings(request.pid);
             for (bias, path) in &request.images {
-                images.extend(self.put(&mut answer, &mut taken, request.trapped, *bias, path, guards, traps));
+                let image = self.put(&mut answer, &mut taken, request.trapped, *bias, path, guards, traps);
+                // What comes by dlopen(3) is initialised before it is known here.
+                images.extend(image.filter(|_| request.is_first));
             }
             answer.end();
             let _ = stream.write_all(&(answer.0.len() as u64).to_le_bytes());
