@@ -21,6 +21,7 @@ use crate::{
         unwind::{Unwinder, WalkRegisters},
     },
     report::{BusyThread, Failure},
+    sandbox::ThreadStack,
     watchdog,
 };
 use std::{
@@ -60,12 +61,7 @@ impl Observers {
     ///
     /// # Errors
     /// The process is gone.
-    pub fn frames(
-        &self,
-        pid: i32,
-        memory: &Memory,
-        unwinder: &mut Unwinder,
-    ) -> io::Result<Vec<(i32, Vec<TargetAddr>)>> {
+    pub fn frames(&self, pid: i32, memory: &Memory, unwinder: &mut Unwinder) -> io::Result<Vec<ThreadStack>> {
         let mut open = OpenThreads::default();
         let mut snapshots = self.ebpf().ok().map(|ebpf| Snapshots(ebpf, ebpf.series()));
         let _watched = watchdog::section("a look at all threads", CHECK_LIMIT);
@@ -74,7 +70,13 @@ impl Observers {
             observer = observer.with_snapshots(snapshots);
         }
         let seen = observer.observe(HashMap::new())?;
-        Ok(seen.into_values().map(|found| (found.tid, found.frames)).collect())
+        let stack = |found: Observation| ThreadStack {
+            tid: found.tid,
+            is_whole: found.place == Place::Outside,
+            frames: found.frames,
+            slots: found.slots,
+        };
+        Ok(seen.into_values().map(stack).collect())
     }
 
     /// Children of all threads of `pid`. Without eBPF that takes a file for each thread.

@@ -379,8 +379,11 @@ impl Operations for Engine {
     }
 
     fn alarms(&self) -> Vec<BorrowedFd<'_>> {
-        let processes = self.targets.values().flat_map(|target| target.processes.values());
-        processes.map(TargetProcess::alarm).chain(self.watch.alarm()).collect()
+        let processes = || self.targets.values().flat_map(|target| target.processes.values());
+        let sandboxed =
+            processes().filter_map(|process| process.sandbox.as_ref()).flat_map(crate::sandbox::Session::families);
+        let mapped = sandboxed.map(|family| family.shared.news.alarm());
+        processes().map(TargetProcess::alarm).chain(mapped).chain(self.watch.alarm()).collect()
     }
 
     fn news(&mut self) -> Vec<News> {

@@ -205,11 +205,14 @@ pub fn look_after(target: &mut Target, observers: &Observers) -> Option<Duration
     let mut inside = false;
     for process in target.processes.values_mut().filter(|process| process.sandbox.is_some()) {
         inside = true;
+        let families: Vec<_> = process.sandbox.iter().flat_map(Session::families).cloned().collect();
+        families.iter().for_each(|family| family.shared.news.hear());
         if let Err(failure) = follow(process, observers)
             && process.is_alive()
         {
             tracing::warn!(pid = process.pid, %failure, "new code stays native");
         }
+        families.iter().for_each(|family| family.shared.news.was_looked_at());
     }
     inside.then_some(LOOK)
 }

@@ -79,6 +79,8 @@ pub struct Observation {
     pub place: Place,
     /// Its stack, innermost first.
     pub frames: Vec<TargetAddr>,
+    /// Where the return addresses lie: see [`StackWalk::slots`].
+    pub slots: Vec<u64>,
     /// How that was found out.
     pub how: How,
     /// As long as this holds, the thread has not run since.
@@ -107,7 +109,7 @@ impl Observation {
 
     fn unknown(tid: i32, reason: String) -> Self {
         let (place, how) = (Place::Unknown(reason), How::Stopped(Duration::ZERO));
-        Self { tid, place, frames: Vec::new(), how, held_by: None, fresh: true }
+        Self { tid, place, frames: Vec::new(), slots: Vec::new(), how, held_by: None, fresh: true }
     }
 }
 
@@ -117,7 +119,7 @@ const NAP: Duration = Duration::from_micros(50);
 /// How many times the list of threads is read again for newcomers.
 const RELISTS: usize = 3;
 
-fn judge(walk: StackWalk, regions: &[Region]) -> (Place, Vec<TargetAddr>) {
+fn judge(walk: StackWalk, regions: &[Region]) -> Judged {
     let inside = regions
         .iter()
         .position(|region| walk.frames.iter().enumerate().any(|(index, &frame)| region.holds(frame, index == 0)));
@@ -129,8 +131,11 @@ fn judge(walk: StackWalk, regions: &[Region]) -> (Place, Vec<TargetAddr>) {
             Place::Unknown(format!("its stack can't be walked beyond {last}: {reason}"))
         }
     };
-    (place, walk.frames)
+    (place, walk.frames, walk.slots)
 }
+
+/// Where a thread is, its stack, and where the return addresses lie.
+type Judged = (Place, Vec<TargetAddr>, Vec<u64>);
 
 /// Whether a thread has not executed anything yet: it comes out of the call that made it, which returns 0 to the new one.
 fn is_newborn(registers: &libc::user_regs_struct) -> bool {
@@ -346,13 +351,13 @@ impl<'a> Observer<'a> {
 
     /// What a settled thread's snapshot says.
     fn told(&mut self, task: &TaskSnapshot) -> Observation {
-        let (place, frames) = self.walk(&task.registers, &task.stack);
+        let (place, frames, slots) = self.walk(&task.registers, &task.stack);
         let how = if task.runnable { How::Preempted } else { How::Snapshot };
         let held_by = Some(HeldBy::Snapshot(task.epoch));
-        Observation { tid: task.tid, place, frames, how, held_by, fresh: true }
+        Observation { tid: task.tid, place, frames, slots, how, held_by, fresh: true }
     }
 
-    fn walk(&mut self, registers: &WalkRegisters, copied: &[u8]) -> (Place, Vec<TargetAddr>) {
+    fn walk(&mut self, registers: &WalkRegisters, copied: &[u8]) -> Judged {
         self.stack.start_at(registers.sp(), copied);
         let stack = &mut self.stack;
         judge(self.unwinder.walk(registers, &mut |at| stack.word(at)), self.regions)
@@ -365,7 +370,7 @@ impl<'a> Observer<'a> {
             return None;
         };
         let (ip, sp) = folder.sleeping_at(&files.syscall)?;
-        let (place, frames) = self.walk(&WalkRegisters::bare(ip, sp), &[]);
+        let (place, frames, slots) = self.walk(&WalkRegisters::bare(ip, sp), &[]);
         // More registers may help.
         if matches!(place, Place::Unknown(_)) {
             return None;
@@ -377,6 +382,7 @@ impl<'a> Observer<'a> {
             tid,
             place,
             frames,
+            slots,
             how: How::Asleep,
             held_by: Some(HeldBy::Proc(before)),
             fresh: true,
@@ -391,12 +397,12 @@ impl<'a> Observer<'a> {
             Err(TraceError::Gone(_)) => return None,
             Err(error) => return Some(Observation::unknown(tid, error.to_string())),
         };
-        let observed = self.walk_stopped(&thread);
+        let observed = self.judge_stopped(&thread);
         let released = thread.release();
         let how = How::Stopped(begin.elapsed());
         match (observed, released) {
-            (Some((place, frames)), Ok(())) => {
-                Some(Observation { tid, place, frames, how, held_by: None, fresh: true })
+            (Some((place, frames, slots)), Ok(())) => {
+                Some(Observation { tid, place, frames, slots, how, held_by: None, fresh: true })
             }
             _ => None,
         }
@@ -404,12 +410,16 @@ impl<'a> Observer<'a> {
 
     /// The stack of a thread that is stopped already.
     pub fn walk_stopped(&mut self, thread: &Stopped) -> Option<(Place, Vec<TargetAddr>)> {
+        self.judge_stopped(thread).map(|(place, frames, _)| (place, frames))
+    }
+
+    fn judge_stopped(&mut self, thread: &Stopped) -> Option<Judged> {
         let registers = thread.registers().ok()?;
-        let (place, frames) = self.walk(&WalkRegisters::of(&registers), &[]);
+        let (place, frames, slots) = self.walk(&WalkRegisters::of(&registers), &[]);
         // The C library's clone has no unwind table behind the system call, for there is nothing to unwind to.
         if matches!(place, Place::Unknown(_)) && frames.len() == 1 && is_newborn(&registers) {
-            return Some((Place::Outside, frames));
+            return Some((Place::Outside, frames, slots));
         }
-        Some((place, frames))
+        Some((place, frames, slots))
     }
 }

@@ -85,6 +85,9 @@ pub enum WalkEnd {
 pub struct StackWalk {
     /// Innermost first: where the thread is, then return addresses.
     pub frames: Vec<TargetAddr>,
+    /// Where the return address of each of `frames` lies on the stack; 0 for what is none: where the thread is, or where a signal
+    /// has interrupted it.
+    pub slots: Vec<u64>,
     /// How it ended.
     pub end: WalkEnd,
 }
@@ -204,6 +207,7 @@ impl Unwinder {
     pub fn walk(&mut self, registers: &WalkRegisters, read: &mut dyn FnMut(u64) -> Option<u64>) -> StackWalk {
         let mut registers = *registers;
         let mut frames = vec![TargetAddr(registers.ip)];
+        let mut slots = vec![0];
         let mut exact = true;
         let end = loop {
             if frames.len() >= FRAMES_MOST {
@@ -219,13 +223,15 @@ impl Unwinder {
                 break WalkEnd::Complete;
             }
             frames.push(TargetAddr(registers.ip));
+            // The caller's stack pointer is the canonical frame address, above the return address (psABI, DWARF "CFA").
+            slots.push(registers.values[RSP].filter(|_| !was_signal).map_or(0, |cfa| cfa.wrapping_sub(8)));
             // Frames lie one above the other; only a signal frame leads to another stack.
             if !was_signal && registers.values[RSP] <= sp {
                 break WalkEnd::Truncated("the stack does not grow downwards");
             }
             exact = was_signal;
         };
-        StackWalk { frames, end }
+        StackWalk { frames, slots, end }
     }
 
     /// From a frame to its caller; `None` at the bottom of the stack. Says whether the frame left was a signal frame.

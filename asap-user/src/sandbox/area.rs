@@ -22,8 +22,8 @@ use std::{io, ops::Range};
 /// Lowest address that is used, and the end of user space with four page-table levels.
 const LOWEST: u64 = 1 << 16;
 const HIGHEST: u64 = 0x7fff_ffff_f000;
-/// What lies further apart than this belongs to different clusters.
-const APART: u64 = 1 << 40;
+/// What lies further apart than this belongs to different clusters: they don't touch when they have grown.
+const APART: u64 = 2 * GROWTH + (1 << 30);
 /// Room that a cluster is given to grow, on either side: heaps grow up, mmap(2) gives out addresses further and further down.
 const GROWTH: u64 = 1 << 40;
 /// Distances are tried in such steps.

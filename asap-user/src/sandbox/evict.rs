@@ -37,15 +37,16 @@ pub fn from_regions(
     if regions.is_empty() {
         return Ok(());
     }
-    let mut unwinder = families.first().map_or_else(Unwinder::new, |family| family.unwinder());
+    let mut unwinder = Unwinder::new();
+    families.iter().for_each(|family| family.teach(&mut unwinder));
     let patient_until = Instant::now() + PATIENCE;
     loop {
-        let frames = (host.frames)(&mut unwinder).map_err(SandboxError::Maps)?;
+        let stacks = (host.frames)(&mut unwinder).map_err(SandboxError::Maps)?;
         let is_in = |at: &TargetAddr| regions.iter().any(|region| region.contains(at));
-        let inside: Vec<(i32, bool)> = frames
+        let inside: Vec<(i32, bool)> = stacks
             .iter()
-            .filter(|(_, stack)| stack.iter().any(is_in))
-            .map(|(tid, stack)| (*tid, stack.first().is_some_and(is_in)))
+            .filter(|stack| stack.frames.iter().any(is_in))
+            .map(|stack| (stack.tid, stack.frames.first().is_some_and(is_in)))
             .collect();
         if inside.is_empty() {
             return Ok(());

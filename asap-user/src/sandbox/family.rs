@@ -19,10 +19,13 @@ use crate::{
     },
     quiesce::unwind::Unwinder,
 };
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, HashSet, VecDeque},
     io,
-    sync::{Arc, Mutex, PoisonError, Weak},
+    os::fd::{AsFd, BorrowedFd},
+    sync::{Arc, Condvar, Mutex, PoisonError, Weak},
+    time::Duration,
 };
 
 /// Most violations that are kept; older ones are counted only.
@@ -66,6 +69,67 @@ pub struct Shared {
     pub record: Mutex<Record>,
     /// Where executable mappings begin that are ours: the helper's home, and patches.
     pub ours: Mutex<Vec<TargetAddr>>,
+    /// Threads whose stacks could not be walked to their ends when code came into the sandbox: of some of their functions it is not
+    /// known where they return to.
+    pub doubtful: Mutex<HashSet<i32>>,
+    /// New code is being mapped.
+    pub news: News,
+}
+
+/// Code that a thread has just mapped: the thread waits until it is in the sandbox.
+pub struct News {
+    bell: EventFd,
+    turns: Mutex<Turns>,
+    looked: Condvar,
+}
+
+/// Numbers of requests to look.
+#[derive(Debug, Default)]
+struct Turns {
+    /// The last that was made.
+    asked: u64,
+    /// The last that was made before the look that is under way.
+    heard: u64,
+    /// The last that was answered.
+    answered: u64,
+}
+
+impl News {
+    fn new() -> io::Result<Self> {
+        let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        Ok(Self { bell, turns: Mutex::default(), looked: Condvar::new() })
+    }
+
+    /// Readable when somebody waits for a look.
+    #[must_use]
+    pub fn alarm(&self) -> BorrowedFd<'_> {
+        self.bell.as_fd()
+    }
+
+    /// Somebody looks from now on.
+    pub fn hear(&self) {
+        let _ = self.bell.read();
+        let mut turns = lock(&self.turns);
+        turns.heard = turns.asked;
+    }
+
+    /// Somebody has looked.
+    pub fn was_looked_at(&self) {
+        let mut turns = lock(&self.turns);
+        turns.answered = turns.heard;
+        self.looked.notify_all();
+    }
+
+    /// Has the engine look, and waits for that; false: it had no time.
+    #[must_use]
+    pub fn wait(&self, limit: Duration) -> bool {
+        let mut turns = lock(&self.turns);
+        turns.asked += 1;
+        let ours = turns.asked;
+        let _ = self.bell.write(1);
+        let waited = self.looked.wait_timeout_while(turns, limit, |turns| turns.answered < ours);
+        waited.is_ok_and(|(_, timeout)| !timeout.timed_out())
+    }
 }
 
 impl Shared {
@@ -80,9 +144,8 @@ impl Shared {
         if lock(&self.record).learned.is_some() {
             table.fill(1);
         }
-        if self.policy.has(Guard::Nx) {
-            super::judge::MAKES_CODE.iter().for_each(|&number| table[number as usize] = 1);
-        }
+        // Who maps code waits until it is in the sandbox.
+        super::judge::MAKES_CODE.iter().for_each(|&number| table[number as usize] = 1);
         table
     }
 }
@@ -114,7 +177,7 @@ pub fn wanted(policy: &Policy, learns: bool) -> Wanted {
     Wanted {
         shadow: policy.has(Guard::ShadowStack),
         targets: policy.has(Guard::Cfi) || policy.has(Guard::Nx),
-        syscalls: policy.has(Guard::Syscalls) || policy.has(Guard::Nx) || learns,
+        syscalls: !policy.guards.is_empty() || learns,
     }
 }
 
@@ -137,7 +200,16 @@ impl Family {
         let curtain = Curtain::new(puppet, pid, pages)?;
         let calls = policy.syscalls.as_ref().filter(|_| policy.has(Guard::Syscalls)).map(Compiled::of);
         let record = Mutex::new(Record { learned, ..Record::default() });
-        let shared = Arc::new(Shared { code, area, policy: policy.clone(), calls, record, ours: Mutex::default() });
+        let shared = Arc::new(Shared {
+            code,
+            area,
+            policy: policy.clone(),
+            calls,
+            record,
+            ours: Mutex::default(),
+            doubtful: Mutex::default(),
+            news: News::new().map_err(|error| watchman_failed(pid, error))?,
+        });
         let watchman = match is_guarded {
             true => {
                 let bell = curtain.caught();
@@ -165,14 +237,11 @@ impl Family {
         *lock(&self.shared.ours) = ours.map(|mapping| mapping.range.start).collect();
     }
 
-    /// What knows the frames of its code.
-    #[must_use]
-    pub fn unwinder(&self) -> Unwinder {
-        let mut unwinder = Unwinder::new();
+    /// Tells `unwinder` of the frames of its code.
+    pub fn teach(&self, unwinder: &mut Unwinder) {
         for text in &lock(&self.shared.code).texts {
             unwinder.add_image(&text.known.image, text.range.clone(), text.bias);
         }
-        unwinder
     }
 
     /// Something is guarded.

@@ -51,6 +51,8 @@ pub struct Case<'a> {
     pub maps: &'a dyn Fn() -> Maps,
     /// Which guards are on.
     pub guards: &'a [Guard],
+    /// Not all is known of the thread's stack.
+    pub is_doubtful: bool,
     /// Whether an executable mapping is ours.
     pub is_ours: &'a dyn Fn(&Mapping) -> bool,
 }
@@ -73,7 +75,11 @@ impl Case<'_> {
         let words = (self.memory.word(TargetAddr(sp)), self.memory.word(self.area.shadow_of(sp)));
         // What can't be read is met by the return itself.
         let (Ok(to), Ok(copied)) = words else { return Judgement::Pass };
-        if copied == 0 || copied == to || self.is_landing_pad(TargetAddr(to)) || self.entry_is_native() {
+        if copied == to || self.is_landing_pad(TargetAddr(to)) || self.entry_is_native() {
+            return Judgement::Pass;
+        }
+        // It began before there were copies: on the stack of a coroutine that waits, or where a stack could not be walked.
+        if (copied == 0 || self.is_doubtful) && self.is_return_point(TargetAddr(to)) {
             return Judgement::Pass;
         }
         let attempted = format!(
@@ -82,6 +88,14 @@ impl Case<'_> {
             self.name(TargetAddr(copied))
         );
         Judgement::Against { guard: Guard::ShadowStack, attempted }
+    }
+
+    fn is_return_point(&self, at: TargetAddr) -> bool {
+        // Code that is not in the sandbox calls, too.
+        let Some(text) = self.code.text_at(at) else {
+            return (self.maps)().at(at).is_some_and(|mapping| mapping.executable && !mapping.writable);
+        };
+        targets::is_return_point(&text.known.image, at.in_image(text.bias))
     }
 
     /// Exceptions return into the functions that catch them, or clean up.
@@ -140,14 +154,18 @@ impl Case<'_> {
         Judgement::Against { guard, attempted: format!("a call or jump to {}: {why}", self.name(to)) }
     }
 
-    /// System calls that make memory executable which is, or was, writable.
+    /// A system call makes memory executable.
+    #[must_use]
+    pub fn makes_code(&self) -> bool {
+        let [_, _, protection, ..] = arguments(self.registers);
+        MAKES_CODE.contains(&(self.registers.rax as i64)) && protection & libc::PROT_EXEC as u64 != 0
+    }
+
+    /// It does so with memory that is, or was, writable.
     #[must_use]
     pub fn of_new_code(&self) -> Judgement {
         let (number, arguments) = (self.registers.rax as i64, arguments(self.registers));
         let [address, length, protection, flags, ..] = arguments;
-        if protection & libc::PROT_EXEC as u64 == 0 {
-            return Judgement::Pass;
-        }
         let is_written = protection & libc::PROT_WRITE as u64 != 0;
         let why = match number {
             _ if is_written => Some("writable and executable at once"),

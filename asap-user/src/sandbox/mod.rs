@@ -23,7 +23,7 @@ mod watchman;
 pub use code::Figures;
 pub use family::Family;
 pub use record::{Record, State, Text};
-pub use session::{Host, SandboxError, Session, leave, settle};
+pub use session::{Host, SandboxError, Session, ThreadStack, leave, settle};
 pub use texts::NativeCode;
 pub use view::{as_native, elsewhere, is_curtain};
 pub use violation::Violation;

@@ -72,7 +72,28 @@ pub enum SandboxError {
 /// See [`Host::image`].
 pub type ImageOf<'a> = &'a mut dyn FnMut(&Mapping) -> Option<(Arc<Image>, LoadBias)>;
 /// See [`Host::frames`].
-pub type FramesOf<'a> = &'a mut dyn FnMut(&mut Unwinder) -> io::Result<Vec<(i32, Vec<TargetAddr>)>>;
+pub type FramesOf<'a> = &'a mut dyn FnMut(&mut Unwinder) -> io::Result<Vec<ThreadStack>>;
+
+/// The stack of a thread.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ThreadStack {
+    /// The thread.
+    pub tid: i32,
+    /// All of it was walked.
+    pub is_whole: bool,
+    /// Innermost first: where the thread is, then return addresses.
+    pub frames: Vec<TargetAddr>,
+    /// Where the return addresses lie; 0 for what is none.
+    pub slots: Vec<u64>,
+}
+
+impl ThreadStack {
+    /// Return addresses: where each lies, what it is, and where its function is at.
+    pub fn returns(&self) -> impl Iterator<Item = (u64, TargetAddr, TargetAddr)> {
+        let pairs = self.frames.windows(2).zip(self.slots.iter().skip(1));
+        pairs.filter(|(_, slot)| **slot != 0).map(|(pair, slot)| (*slot, pair[1], pair[0]))
+    }
+}
 
 /// What is needed of a process.
 pub struct Host<'a> {
@@ -312,7 +333,10 @@ impl Session {
         record.texts = kept;
         if family.is_guarded() {
             host.memory.read_elsewhere(elsewhere(&host.maps()?, record));
-            keep_places(host, &family)?;
+            let ranges: Vec<_> = record.texts[known.min(record.texts.len())..].iter().map(Text::range).collect();
+            let mut unwinder = Unwinder::new();
+            self.families().for_each(|family| family.teach(&mut unwinder));
+            keep_places(host, &family, &mut unwinder, &ranges)?;
             crate::fault::point("sandbox.kept");
         }
         Ok(())
@@ -460,15 +484,35 @@ impl Drop for Held<'_> {
     }
 }
 
-/// Notes where threads stand, while all their code is closed: whoever comes to a page from now on comes to a place that its
-/// translation keeps.
-fn keep_places(host: &mut Host<'_>, family: &Family) -> Result<(), SandboxError> {
-    let frames = (host.frames)(&mut family.unwinder()).map_err(SandboxError::Maps)?;
+/// Notes where threads stand, while the code of `texts` is closed: whoever comes to a page from now on comes to a place that its
+/// translation keeps. Functions of these texts that are active have begun before they copied their return addresses: that is done
+/// for them.
+fn keep_places(
+    host: &mut Host<'_>,
+    family: &Family,
+    unwinder: &mut Unwinder,
+    texts: &[Range<TargetAddr>],
+) -> Result<(), SandboxError> {
+    let stacks = (host.frames)(unwinder).map_err(SandboxError::Maps)?;
+    let has_shadow = family.shared.policy.has(Guard::ShadowStack);
+    let mut doubtful = Vec::new();
+    for stack in &stacks {
+        if !stack.is_whole {
+            doubtful.push(stack.tid);
+        }
+        for (slot, to, from) in stack.returns().filter(|_| has_shadow) {
+            if texts.iter().any(|text| text.contains(&from)) {
+                let copied = host.memory.write(family.shared.area.shadow_of(slot), &to.0.to_le_bytes());
+                copied.map_err(|error| SandboxError::Record(format!("a shadow can't be written: {error}")))?;
+            }
+        }
+    }
+    lock(&family.shared.doubtful).extend(doubtful);
     let mut code = lock(&family.shared.code);
-    for (_, stack) in frames {
+    for stack in stacks {
         // A system call that is interrupted is made again.
-        let restarted = stack.first().map(|at| at.offset(-SYSCALL_LENGTH));
-        code.keep(stack.into_iter().chain(restarted));
+        let restarted = stack.frames.first().map(|at| at.offset(-SYSCALL_LENGTH));
+        code.keep(stack.frames.into_iter().chain(restarted));
     }
     Ok(())
 }

@@ -18,7 +18,7 @@ use crate::{
         info,
         maps::{Mapping, Maps},
         memory::Memory,
-        ptrace::{Registers, Stopped, TraceError, release_latecomers},
+        ptrace::{Registers, StopReason, Stopped, TraceError, release_latecomers},
         puppet,
     },
     quiesce::unwind::{Unwinder, WalkRegisters},
@@ -45,6 +45,9 @@ const AGAIN: Duration = Duration::from_millis(2);
 const ROUND: u16 = 1000;
 /// Length of `syscall`, bytes.
 const SYSCALL_LENGTH: i64 = 2;
+/// How long a system call that maps code may take, and a look at what was mapped.
+const CALL_LIMIT: Duration = Duration::from_secs(2);
+const LOOK_LIMIT: Duration = Duration::from_secs(2);
 /// Deepest stack that is told.
 const FRAMES_MOST: usize = 64;
 
@@ -159,6 +162,11 @@ impl Rounds {
         let outcome = self.judge(pid, tid, &registers, trap);
         match outcome {
             Outcome::Pass => registers.rip = resume.0,
+            Outcome::Map => {
+                registers.rip = resume.0;
+                thread.set_registers(&registers)?;
+                return self.let_map(thread);
+            }
             Outcome::Fail(error) => {
                 let code = lock(&self.shared.code);
                 let text = code.cache_at(TargetAddr(registers.rip));
@@ -185,6 +193,21 @@ impl Rounds {
             }
         }
         thread.set_registers(&registers)?;
+        thread.release()
+    }
+
+    /// Lets a thread make its system call, and holds it until the code that it has mapped is in the sandbox: it is the first that could
+    /// run it.
+    fn let_map(&self, mut thread: Stopped) -> Result<(), TraceError> {
+        for _ in ["entry", "exit"] {
+            if thread.run_to_syscall(CALL_LIMIT)? != StopReason::Syscall {
+                // A signal: it is delivered, and the call made or made again.
+                return thread.release();
+            }
+        }
+        if !self.shared.news.wait(LOOK_LIMIT) {
+            tracing::warn!(tid = thread.tid(), "new code runs natively for now: the agent is busy");
+        }
         thread.release()
     }
 
@@ -222,6 +245,7 @@ impl Rounds {
             area: &shared.area,
             maps: &|| Maps::of(pid).unwrap_or_default(),
             guards: &shared.policy.guards,
+            is_doubtful: lock(&shared.doubtful).contains(&tid),
             is_ours: &|mapping: &Mapping| lock(&shared.ours).contains(&mapping.range.start),
         };
         let judgement = match trap.reason {
@@ -239,6 +263,7 @@ impl Rounds {
             TrapReason::Syscall => {
                 count("system call");
                 match self.judge_call(&case) {
+                    Ok(Judgement::Pass) if case.makes_code() => return Outcome::Map,
                     Ok(judgement) => judgement,
                     Err((outcome, attempted, action)) => {
                         self.report(&case, pid, tid, Guard::Syscalls, attempted, action);
@@ -283,8 +308,8 @@ impl Rounds {
                 Decision::Do(action) => return Err((Outcome::of(action), name(), word(action).to_owned())),
             }
         }
-        let makes_code = self.shared.policy.has(Guard::Nx) && judge::MAKES_CODE.contains(&(number as i64));
-        Ok(if makes_code { case.of_new_code() } else { Judgement::Pass })
+        let is_nx = self.shared.policy.has(Guard::Nx);
+        Ok(if is_nx && case.makes_code() { case.of_new_code() } else { Judgement::Pass })
     }
 
     fn report(&self, case: &Case<'_>, pid: i32, tid: i32, guard: Guard, attempted: String, action: String) {
@@ -309,6 +334,8 @@ impl Rounds {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
     Pass,
+    /// It maps code.
+    Map,
     /// The system call is not made, and fails with this error number.
     Fail(u16),
     Kill,
