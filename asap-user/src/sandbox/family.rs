@@ -4,6 +4,7 @@
 use super::{
     area::Area,
     code::{Code, Figures, Wanted},
+    library,
     policy::{Compiled, Guard, Learned, Policy},
     violation::Violation,
     watchman::{self, Watchman},
@@ -170,6 +171,16 @@ impl std::fmt::Debug for Family {
 }
 
 static FAMILIES: Mutex<Vec<Weak<Family>>> = Mutex::new(Vec::new());
+
+impl Drop for Family {
+    fn drop(&mut self) {
+        let mut families = FAMILIES.lock().unwrap_or_else(PoisonError::into_inner);
+        families.retain(|family| family.strong_count() > 0);
+        if families.is_empty() {
+            library::clear();
+        }
+    }
+}
 
 /// What the guards of `policy` need.
 #[must_use]

@@ -7,9 +7,9 @@ use crate::{
     image::Image,
 };
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     ops::Range,
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
 
 /// An image that was analysed.
@@ -29,18 +29,47 @@ pub struct Known {
 /// By device, inode, and the file's checksum of its own (build-id): as long as somebody uses it.
 type Key = (String, u64, Option<Vec<u8>>);
 
-static LIBRARY: Mutex<Option<HashMap<Key, Weak<Known>>>> = Mutex::new(None);
+#[derive(Default)]
+struct Library {
+    books: HashMap<Key, Weak<Known>>,
+    /// The last that were asked for: libraries come and go, and come again.
+    shelf: VecDeque<Arc<Known>>,
+}
+
+/// Most images that nobody uses at the moment.
+const SHELF_MOST: usize = 16;
+
+static LIBRARY: Mutex<Option<Library>> = Mutex::new(None);
+
+fn library() -> MutexGuard<'static, Option<Library>> {
+    LIBRARY.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Forgets what nobody uses.
+pub fn clear() {
+    *library() = None;
+}
+
+impl Library {
+    fn find(&mut self, key: &Key) -> Option<Arc<Known>> {
+        self.books.retain(|_, book| book.strong_count() > 0);
+        let found = self.books.get(key).and_then(Weak::upgrade)?;
+        self.put_on_shelf(&found);
+        Some(found)
+    }
+
+    fn put_on_shelf(&mut self, known: &Arc<Known>) {
+        self.shelf.retain(|other| !Arc::ptr_eq(other, known));
+        self.shelf.push_front(Arc::clone(known));
+        self.shelf.truncate(SHELF_MOST);
+    }
+}
 
 /// What is known of `image`, which lies in the file of that device and inode.
 #[must_use]
 pub fn known(device: &str, inode: u64, image: &Arc<Image>) -> Arc<Known> {
     let key = (device.to_owned(), inode, image.build_id().map(<[u8]>::to_vec));
-    let find = |library: &mut Option<HashMap<Key, Weak<Known>>>| {
-        let books = library.get_or_insert_with(HashMap::new);
-        books.retain(|_, book| book.strong_count() > 0);
-        books.get(&key).and_then(Weak::upgrade)
-    };
-    if let Some(found) = find(&mut LIBRARY.lock().unwrap_or_else(PoisonError::into_inner)) {
+    if let Some(found) = library().get_or_insert_default().find(&key) {
         return found;
     }
     let view = CodeView::of(image);
@@ -54,7 +83,9 @@ pub fn known(device: &str, inode: u64, image: &Arc<Image>) -> Arc<Known> {
         untouched: Vec::new(),
         image: Arc::clone(image),
     });
-    let mut library = LIBRARY.lock().unwrap_or_else(PoisonError::into_inner);
-    library.get_or_insert_with(HashMap::new).insert(key, Arc::downgrade(&made));
+    let mut library = library();
+    let library = library.get_or_insert_default();
+    library.books.insert(key, Arc::downgrade(&made));
+    library.put_on_shelf(&made);
     made
 }
