@@ -191,12 +191,8 @@ impl Guards {
         emitter.made(Instruction::with1(Code::Not_rm64, FIRST.0))?;
         emitter.lea(FIRST.0, sum(FIRST.0, SECOND.0, 1))?;
         let equal = emitter.if_rcx_is_zero();
-        // A copy of zero: the call was made before there were copies.
-        emitter.made(Instruction::with2(Code::Mov_r64_rm64, FIRST.0, SECOND.0))?;
-        let unknown = emitter.if_rcx_is_zero();
         spill.leave_for(emitter, trap)?;
         emitter.land(&equal)?;
-        emitter.land(&unknown)?;
         spill.restore(emitter)?;
         Ok(emitter.here())
     }

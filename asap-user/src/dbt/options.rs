@@ -57,7 +57,7 @@ impl Constants {
 }
 
 /// Where a parallel shadow stack keeps the copy of the return address that lies at a stack address: in a slot of 8 bytes. A slot
-/// that holds zero counts as right: it belongs to a call from before.
+/// that nothing was copied to holds zero: whoever judges the trap knows whether the call was made before there were copies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum ShadowForm {
     /// Away by [`Constants::displacement`]. With a displacement of zero everything passes.

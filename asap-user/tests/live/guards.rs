@@ -3,8 +3,11 @@
 use super::support::{Answer, Lab, lab_answer};
 use std::path::Path;
 
-/// Each is what follows `--guards`; "" is the sandbox without any. When the engine has a guard, its name goes in here.
+/// Each is what follows `--guards`; "" is the sandbox without any.
 pub const GUARD_SETS: &[&str] = &["", "shadow-stack", "cfi", "nx", "syscalls", "shadow-stack,cfi,nx,syscalls"];
+
+/// Those under which what is legal must work: none, and all.
+pub const LEGAL_SETS: &[&str] = &["", "shadow-stack,cfi,nx,syscalls"];
 
 /// Runs a program under `asap run`. The agent that this starts ends with the laboratory.
 pub fn run(lab: &Lab, options: &[&str], program: &Path, arguments: &[&str]) -> Answer {
