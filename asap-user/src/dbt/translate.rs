@@ -528,7 +528,7 @@ impl Translator {
             at = instruction.next_ip();
         }
         let next = plan.room.windows.range(window.start + 1..).next();
-        if !next.is_some_and(|(&start, _)| start == at) {
+        if next.is_none_or(|(&start, _)| start != at) {
             emitter.stands_for(at, Undo::default());
             relocate::jump(emitter, at)?;
         }

@@ -40,7 +40,7 @@ fn programs_of_the_system_do_under_all_guards_what_they_do_natively() {
                   print(json.dumps({str(i): [i, i / 3] for i in range(50)}), re.sub('a(.)', r'\\1b', 'axay' * 9), \
                   hashlib.sha256(b'x' * 99999).hexdigest(), sum(i * i for i in range(99999)))";
     check(&Program::of(&["/usr/bin/python3", "-c", python]));
-    let bytes: Vec<u8> = (0..300_000_u32).flat_map(|n| (n * n / 7).to_le_bytes()).collect();
+    let bytes: Vec<u8> = (0..300_000_u32).flat_map(|n| (n.wrapping_mul(n) / 7).to_le_bytes()).collect();
     check(&Program::of(&["gzip", "-9nc"]).reading(bytes.clone()));
     check(&Program::of(&["xz", "-1", "-T1", "-c"]).reading(bytes.clone()));
     check(&Program::of(&["openssl", "dgst", "-sha512"]).reading(bytes.clone()));
