@@ -5,6 +5,7 @@
 use super::{
     compare::{self, Changed, CompareError, Comparison, Finding, Reason, object::Object},
     extract::{self, ExtractError, Part},
+    same_code,
     twin::{self, Located, TwinError},
     types,
 };
@@ -27,6 +28,8 @@ pub struct Pair {
     pub old: Option<Vec<u8>>,
     /// Its object after.
     pub new: Vec<u8>,
+    /// The project has it optimised when it is linked.
+    pub is_lto: bool,
 }
 
 /// What the manifest says besides.
@@ -42,6 +45,8 @@ pub struct Facts {
     pub replaces: Vec<String>,
     /// Patches that it builds upon.
     pub requires: Vec<String>,
+    /// Sources that were compiled again.
+    pub compiled: usize,
 }
 
 /// What came of it.
@@ -100,15 +105,29 @@ pub enum AssembleError {
     NoBuildId(String),
 }
 
-struct Compared {
+/// Two builds of an object, and what is different.
+#[derive(Clone, Debug)]
+pub struct Compared {
     source: String,
     old: Object,
     new: Object,
     comparison: Comparison,
     types: Vec<Finding>,
     is_new: bool,
-    /// Changed functions that have the size in the twin that they have in the object.
+    is_lto: bool,
+    /// Global functions and variables that the source did not have before.
+    fresh: Vec<String>,
+    /// Changed functions that have the code in the twin that they have in the object, and one.
     score: usize,
+}
+
+/// Compares all objects that were built twice; those that differ are given back.
+///
+/// # Errors
+/// Something is no object.
+pub fn compare_all(pairs: &[Pair]) -> Result<Vec<Compared>, AssembleError> {
+    let compared: Vec<_> = super::driver::parallel(pairs, compare_pair).into_iter().collect::<Result<_, _>>()?;
+    Ok(compared.into_iter().flatten().collect())
 }
 
 /// The functions and variables of an image by name.
@@ -129,11 +148,11 @@ impl Names {
     }
 }
 
-/// Compares the objects and makes the patch, if there can be one.
+/// Makes the patch for one program, if there can be one.
 ///
 /// # Errors
 /// The objects, the twin or the target are not what they should be.
-pub fn assemble(pairs: &[Pair], twin: &Image, module: &Image, facts: &Facts) -> Result<Verdict, AssembleError> {
+pub fn assemble(all: &[Compared], twin: &Image, module: &Image, facts: &Facts) -> Result<Verdict, AssembleError> {
     let build_id = module.build_id_hex().ok_or_else(|| AssembleError::NoBuildId(module.name().to_owned()))?;
     let names = Names::of(twin);
     let mut verdict = Verdict {
@@ -142,14 +161,12 @@ pub fn assemble(pairs: &[Pair], twin: &Image, module: &Image, facts: &Facts) -> 
         added: Vec::new(),
         new_data: Vec::new(),
         findings: Vec::new(),
-        compiled: pairs.len(),
+        compiled: facts.compiled,
         elsewhere: Vec::new(),
         patch: None,
     };
-    let (mut compared, mut fresh) = (Vec::new(), HashSet::new());
-    for pair in pairs {
-        compared.extend(compare_pair(pair, &names, &mut fresh)?);
-    }
+    let fresh: HashSet<&String> = all.iter().flat_map(|object| &object.fresh).collect();
+    let compared = all.iter().map(|object| object.within(&names, twin)).collect();
     let kept = keep(compared, &names, &mut verdict.elsewhere);
     for part in &kept {
         let of = |changed: &Changed| ReplacedFunction {
@@ -165,6 +182,7 @@ pub fn assemble(pairs: &[Pair], twin: &Image, module: &Image, facts: &Facts) -> 
         verdict.added.extend(part.comparison.added.iter().cloned());
         verdict.new_data.extend(part.comparison.new_data.iter().cloned());
         verdict.findings.extend(part.comparison.findings.iter().chain(&part.types).cloned());
+        verdict.findings.extend(part.is_lto.then(|| made_at_link_time(&part.source)));
     }
     verdict.functions.sort_by(|a, b| (&a.name, &a.source).cmp(&(&b.name, &b.source)));
     verdict.functions.dedup();
@@ -205,7 +223,7 @@ pub fn assemble(pairs: &[Pair], twin: &Image, module: &Image, facts: &Facts) -> 
         match place(&located, module, &name, file.as_deref(), symbol) {
             Some(place) => places.push(place),
             None if module.export(&name).is_some() && file.is_none() => {}
-            None => verdict.findings.push(not_found(&name, file.as_deref(), module)),
+            None => verdict.findings.push(not_found(&name, file.as_deref(), twin, module)),
         }
     }
     for grave in [Class::NotApplicable, Class::DataLayout] {
@@ -222,7 +240,10 @@ pub fn assemble(pairs: &[Pair], twin: &Image, module: &Image, facts: &Facts) -> 
         builds: vec![Build { build_id, symbols: places }],
         functions: extracted.functions,
         hooks: object.hooks().clone(),
-        origin: facts.origin.clone(),
+        origin: Origin {
+            compiler: Some(twin.compilers().join(" and ")).filter(|names| !names.is_empty()),
+            ..facts.origin.clone()
+        },
         requires: facts.requires.clone(),
         replaces: facts.replaces.clone(),
         tool: concat!("asap ", env!("CARGO_PKG_VERSION")).to_owned(),
@@ -238,14 +259,15 @@ fn place(located: &Located, module: &Image, name: &str, file: Option<&str>, symb
     is_sound.then_some(place)
 }
 
-fn not_found(name: &str, file: Option<&str>, module: &Image) -> Finding {
+fn not_found(name: &str, file: Option<&str>, twin: &Image, module: &Image) -> Finding {
     Finding {
         class: Class::NotApplicable,
         object: file.unwrap_or_default().to_owned(),
         subject: name.to_owned(),
         reason: format!(
-            "{name} can't be found for certain in {}: its code there is not what was built here",
-            module.name()
+            "{name} can't be found for certain in {}: its code there is not what was built here{}",
+            module.name(),
+            other_compiler(twin, module).unwrap_or_default()
         ),
         way_out: "build with the compiler and flags of the running program; its package's are used by --debian"
             .to_owned(),
@@ -265,16 +287,15 @@ fn not_set_up(name: &str) -> Finding {
     }
 }
 
-/// `fresh` gets the names of global functions and variables that the source did not have before.
-fn compare_pair(pair: &Pair, names: &Names, fresh: &mut HashSet<String>) -> Result<Option<Compared>, AssembleError> {
+fn compare_pair(pair: &Pair) -> Result<Option<Compared>, AssembleError> {
     let new = Object::read(&pair.source, &pair.new)?;
     let old = match &pair.old {
         Some(bytes) => Object::read(&pair.source, bytes)?,
         None => Object::empty(&pair.source),
     };
     let globals = new.symbols.iter().map(|symbol| &symbol.name);
-    fresh.extend(globals.filter(|name| new.defines(name) && !old.defines(name)).cloned());
-    let mut comparison = compare::compare(&old, &new);
+    let fresh = globals.filter(|name| new.defines(name) && !old.defines(name)).cloned().collect();
+    let comparison = compare::compare(&old, &new);
     let types = match &pair.old {
         Some(bytes) => types::compare(&pair.source, bytes, &pair.new),
         None => Vec::new(),
@@ -282,24 +303,44 @@ fn compare_pair(pair: &Pair, names: &Names, fresh: &mut HashSet<String>) -> Resu
     if comparison.is_same() && types.is_empty() {
         return Ok(None);
     }
-    let file = |changed: &Changed| old.source.clone().filter(|_| changed.local);
-    // What the linker has left out of the program needs no replacement.
-    let before = comparison.changed.len();
-    comparison.changed.retain(|changed| names.find(&changed.old, file(changed).as_deref()).is_some());
-    let size =
-        |changed: &Changed| old.symbols.iter().find(|symbol| symbol.name == changed.old).map(|symbol| symbol.size);
-    let same_size = |changed: &&Changed| {
-        names.find(&changed.old, file(changed).as_deref()).map(|symbol| symbol.size) == size(changed)
+    let (source, is_new, is_lto) = (pair.source.clone(), pair.old.is_none(), pair.is_lto);
+    Ok(Some(Compared { source, old, new, comparison, types, is_new, is_lto, fresh, score: 0 }))
+}
+
+/// Whether something that changed is part of the program of that twin.
+#[must_use]
+pub fn concerns(all: &[Compared], twin: &Image) -> bool {
+    let names = Names::of(twin);
+    let is_part = |object: &Compared| {
+        let object = object.within(&names, twin);
+        object.score > 0 && is_part(&object, &names)
     };
-    let score = comparison.changed.iter().filter(same_size).count();
-    let is_elsewhere = before > 0 && comparison.changed.is_empty();
-    let score = if is_elsewhere { 0 } else { score + 1 };
-    let (source, is_new) = (pair.source.clone(), pair.old.is_none());
-    Ok(Some(Compared { source, old, new, comparison, types, is_new, score }))
+    all.iter().any(is_part)
+}
+
+impl Compared {
+    /// As far as it concerns the program with these names.
+    fn within(&self, names: &Names, twin: &Image) -> Self {
+        let mut object = self.clone();
+        let file = |changed: &Changed| object.old.source.clone().filter(|_| changed.local);
+        // What the linker has left out of the program needs no replacement.
+        let mut changed = object.comparison.changed.clone();
+        changed.retain(|changed| names.find(&changed.old, file(changed).as_deref()).is_some());
+        let is_same = |changed: &&Changed| {
+            let symbol = object.old.symbols.iter().find(|symbol| is_function(symbol) && symbol.name == changed.old);
+            let there = names.find(&changed.old, file(changed).as_deref());
+            symbol.zip(there).is_some_and(|(symbol, there)| same_code::is_same(&object.old, symbol, twin, there))
+        };
+        let score = changed.iter().filter(is_same).count();
+        let is_elsewhere = !object.comparison.changed.is_empty() && changed.is_empty();
+        object.score = if is_elsewhere { 0 } else { score + 1 };
+        object.comparison.changed = changed;
+        object
+    }
 }
 
 /// The objects that the program is made of; of a source that is compiled several times the one whose functions have the
-/// program's sizes.
+/// program's code.
 fn keep(compared: Vec<Compared>, names: &Names, elsewhere: &mut Vec<String>) -> Vec<Compared> {
     let mut kept: Vec<Compared> = Vec::new();
     let mut waiting = Vec::new();
@@ -308,7 +349,7 @@ fn keep(compared: Vec<Compared>, names: &Names, elsewhere: &mut Vec<String>) -> 
             waiting.push(object);
             continue;
         }
-        if object.score == 0 || !is_part(&object.old, names) {
+        if object.score == 0 || !is_part(&object, names) {
             elsewhere.push(object.source);
             continue;
         }
@@ -331,16 +372,39 @@ fn keep(compared: Vec<Compared>, names: &Names, elsewhere: &mut Vec<String>) -> 
     kept
 }
 
-/// Whether a function of the object is in the program.
-fn is_part(object: &Object, names: &Names) -> bool {
-    object.symbols.iter().any(|symbol| {
-        let file = object.source.as_deref().filter(|_| symbol.local);
+fn is_function(symbol: &compare::object::Symbol) -> bool {
+    symbol.kind == compare::object::SymbolKind::Function && matches!(symbol.place, compare::object::Place::Section(_))
+}
+
+/// Whether a function of the object is in the program. Optimisation at link time changes sizes, and leaves out most.
+fn is_part(object: &Compared, names: &Names) -> bool {
+    object.old.symbols.iter().any(|symbol| {
+        let file = object.old.source.as_deref().filter(|_| symbol.local && !object.is_lto);
         let is_defined = matches!(symbol.place, compare::object::Place::Section(_));
         let is_function = symbol.kind == compare::object::SymbolKind::Function;
-        is_defined
-            && is_function
-            && names
-                .find(&symbol.name, file)
-                .is_some_and(|found| found.size == symbol.size && (symbol.local || !symbol.weak))
+        let is_same = |found: &Symbol| object.is_lto || found.size == symbol.size && (symbol.local || !symbol.weak);
+        is_defined && is_function && names.find(&symbol.name, file).is_some_and(is_same)
     })
+}
+
+fn made_at_link_time(source: &str) -> Finding {
+    Finding {
+        class: Class::NotApplicable,
+        object: source.to_owned(),
+        subject: source.to_owned(),
+        reason: format!(
+            "{source} is compiled with -flto: the program's code is made when it is linked, of all sources together, and parts of \
+             this one may be in functions of others"
+        ),
+        way_out:
+            "restart the program with a repaired build; what is to be patched while it runs must be built without -flto"
+                .to_owned(),
+    }
+}
+
+/// What the compilers of both say of themselves, if it is not the same.
+fn other_compiler(twin: &Image, module: &Image) -> Option<String> {
+    let (here, there) = (twin.compilers(), module.compilers());
+    let is_other = !here.is_empty() && !there.is_empty() && here != there;
+    is_other.then(|| format!("; it was compiled by {}, this build by {}", there.join(" and "), here.join(" and ")))
 }

@@ -50,6 +50,9 @@ pub enum DiffError {
     /// It leads out of the source.
     #[error("it names {0}, which is not within the source")]
     Outside(String),
+    /// A diff of a diff.
+    #[error("it changes {0}, which is a patch itself; give that patch as it is afterwards, on a source without it")]
+    ChangedPatch(String),
     /// Parts that no text has.
     #[error("it changes {0}, which is not text; leave that file out of the diff")]
     Binary(String),
@@ -156,7 +159,63 @@ fn read_hunk(lines: &[&[u8]], at: usize) -> Result<(Hunk, usize), DiffError> {
     Ok((hunk, at))
 }
 
+impl Diff {
+    /// The patches that a diff of a Debian package brings: names, and what they are after it.
+    ///
+    /// # Errors
+    /// Such a patch is changed, so that the diff alone does not tell what it is.
+    pub fn inner(&self) -> Result<Vec<(String, Vec<u8>)>, DiffError> {
+        let is_patch = |file: &&FileDiff| {
+            let name = file.new.as_deref().and_then(|name| name.split_once("debian/patches/")).map(|(_, name)| name);
+            name.is_some_and(|name| name != "series" && !name.starts_with('.'))
+        };
+        let text = |file: &FileDiff| {
+            let name = file.new.clone().unwrap_or_default();
+            match &file.old {
+                Some(_) => Err(DiffError::ChangedPatch(name)),
+                None => Ok((name.clone(), file.apply("patch", b"")?)),
+            }
+        };
+        self.files.iter().filter(is_patch).map(text).collect()
+    }
+
+    /// Leaves out what concerns a Debian package's own files (`debian/`): they are no code.
+    pub fn leave_out_packaging(&mut self) {
+        let is_packaging =
+            |file: &FileDiff| (0..2).any(|strip| file.path(strip).is_some_and(|path| path.starts_with("debian/")));
+        self.files.retain(|file| !is_packaging(file));
+    }
+
+    /// Whether it adds each line that `other` adds.
+    #[must_use]
+    pub fn adds_all_of(&self, other: &Self) -> bool {
+        let added = |diff: &Self| -> Vec<Vec<u8>> {
+            let lines = diff.files.iter().flat_map(|file| &file.hunks).flat_map(|hunk| &hunk.lines);
+            lines.filter(|(edit, _)| *edit == Edit::Add).map(|(_, text)| trimmed(text).to_owned()).collect()
+        };
+        let (own, wanted) = (added(self), added(other));
+        !wanted.is_empty() && wanted.iter().all(|line| own.contains(line))
+    }
+}
+
 impl FileDiff {
+    /// The diff that takes this one back.
+    #[must_use]
+    pub fn reversed(&self) -> Self {
+        let mut reversed = self.clone();
+        std::mem::swap(&mut reversed.old, &mut reversed.new);
+        for hunk in &mut reversed.hunks {
+            for (edit, _) in &mut hunk.lines {
+                *edit = match edit {
+                    Edit::Keep => Edit::Keep,
+                    Edit::Remove => Edit::Add,
+                    Edit::Add => Edit::Remove,
+                };
+            }
+        }
+        reversed
+    }
+
     /// The file that it is about: its name after, or before if it goes; `strip` leading folders are left out.
     #[must_use]
     pub fn path(&self, strip: usize) -> Option<String> {
@@ -452,7 +511,36 @@ mod tests {
         ));
         assert_eq!(applied("hello\n", SOURCE), Err(DiffError::Empty));
         assert!(matches!(applied("--- a\n+++ a\n@@ -1,9 +1,9 @@\n x\n", SOURCE), Err(DiffError::Damaged { .. })));
+        let parsed = Diff::parse(diff.as_bytes()).expect("a diff");
+        let after = parsed.files[0].apply("f.txt", SOURCE.as_bytes()).expect("it fits");
+        let back = parsed.files[0].reversed().apply("f.txt", &after).expect("it fits backwards");
+        assert_eq!(back, SOURCE.as_bytes());
+        assert!(
+            parsed.files[0].reversed().apply("f.txt", SOURCE.as_bytes()).is_ok(),
+            "nothing is added: nothing to miss"
+        );
         assert!(matches!(applied("--- ../a\n+++ ../a\n@@ -1 +1 @@\n-x\n+y\n", SOURCE), Err(DiffError::Outside(_))));
+    }
+
+    #[test]
+    fn the_patches_that_a_packages_diff_brings_are_found() {
+        let text = "--- /dev/null\n+++ b/debian/patches/fix.patch\n@@ -0,0 +1,4 @@\n+--- a/f.c\n++++ b/f.c\n\
+                    +@@ -1 +1 @@\n+-int a;\n++int b;\n--- a/debian/patches/series\n+++ b/debian/patches/series\n\
+                    @@ -1 +1,2 @@\n one.patch\n+fix.patch\n--- a/debian/changelog\n+++ b/debian/changelog\n\
+                    @@ -1 +1,2 @@\n+new\n old\n"
+            .replace("+1,4", "+1,5");
+        let mut diff = Diff::parse(text.as_bytes()).expect("a diff");
+        let inner = diff.inner().expect("patches");
+        assert_eq!(inner.len(), 1);
+        let fix = Diff::parse(&inner[0].1).expect("a diff");
+        assert_eq!(
+            fix.files[0].apply("f.c", SOURCE.as_bytes()).expect("it fits"),
+            SOURCE.replace("int a", "int b").as_bytes()
+        );
+        diff.leave_out_packaging();
+        assert!(diff.files.is_empty() && fix.adds_all_of(&fix));
+        let changed = text.replace("--- /dev/null", "--- a/debian/patches/fix.patch");
+        assert!(matches!(Diff::parse(changed.as_bytes()).expect("a diff").inner(), Err(DiffError::ChangedPatch(_))));
     }
 
     #[test]

@@ -1,50 +1,117 @@
-//! Builds a source twice with its own build command, as it is and with the diff, and has the objects that differ compared. In a
-//! copy; the source itself is left alone. The first build is exactly the project's: it gives the twin. What a comparison needs is
+//! Builds a source twice with its own build command, as it is and with the diff, and compiles what differs once more, in both
+//! versions, for comparison. In a copy; the source itself is left alone. The first build is exactly the project's: it gives the twin. What a comparison needs is
 //! compiled afterwards, in both versions, and only for what the diff made compile again. Not for judging: that is `assemble`.
 
 use super::{
-    assemble::{self, AssembleError, Facts, Pair, Verdict},
+    assemble::{self, AssembleError, Compared, Facts, Pair, Verdict},
     diff::{Diff, DiffError, Text},
     wrapper::{self, Record},
 };
 use crate::image::{Image, SymbolKind};
 use std::{
+    collections::HashSet,
+    ffi::OsString,
     fs::{self, File},
     io::{self, Read as _, Seek as _, SeekFrom},
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Command, ExitStatus, Stdio},
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 /// Lines of the log that a failed build shows.
 const LINES_SHOWN: usize = 25;
 /// Most bytes of the log that are looked through for them.
 const LOG_SHOWN: u64 = 64 << 10;
+/// Of more executables than so many, only those of the target's name are looked into.
+const CANDIDATES_MOST: usize = 400;
+/// A disk with fewer bytes left is full.
+const DISK_LEAST: u64 = 64 << 10;
 /// Largest executable, bytes.
 const IMAGE_MOST: u64 = 4 << 30;
 
 /// What to build.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Project {
-    /// The source.
-    pub source: PathBuf,
-    /// Diffs, in order.
-    pub diffs: Vec<PathBuf>,
-    /// The executable or library that runs.
-    pub target: PathBuf,
-    /// The build command, run in the copy.
+    /// The source as the build sees it: a copy that may be changed.
+    pub tree: PathBuf,
+    /// The same folder within `work`.
+    pub backing: PathBuf,
+    /// Names and texts of diffs, in order.
+    pub diffs: Vec<(String, Vec<u8>)>,
+    /// The build command, run in the tree.
     pub command: Vec<String>,
-    /// Run before the second build, in the copy.
-    pub between: Vec<String>,
+    /// How the command is run again, with the change.
+    pub again: Again,
     /// Set while the project builds.
     pub environment: Vec<(String, String)>,
-    /// The twin within the source after the build; none: found by the target's file name.
+    /// Not set while the project builds.
+    pub cleared: Vec<String>,
+    /// Where programs are looked for while it builds; none: as now.
+    pub path: Option<OsString>,
+    /// The twin within the source after the build; none: found by the targets' build-ids and file names.
     pub twin: Option<PathBuf>,
     /// Folder for copies, objects and the log.
     pub work: PathBuf,
+    /// This process is in a room: stand-ins lie over the compilers.
+    pub in_room: bool,
+}
+
+/// How the second build is made.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Again {
+    /// The same command in the same tree: only what depends on the change is built.
+    #[default]
+    SameCommand,
+    /// First this shell script; these programs do nothing. If nothing comes of it, all is built from the beginning.
+    AfterScript {
+        /// Run by `sh -c` in the tree.
+        script: String,
+        /// Programs found in PATH.
+        without: Vec<String>,
+    },
+}
+
+/// An executable or library that runs.
+#[derive(Debug)]
+pub struct Target {
+    /// Path that people know it by.
+    pub path: PathBuf,
+    /// Its file.
+    pub image: Image,
+}
+
+impl Target {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// It can't be read, or is none.
+    pub fn read(path: &Path) -> Result<Self, BuildError> {
+        Ok(Self { path: path.to_owned(), image: image(path)? })
+    }
+
+    /// File name, without symbolic links where they can be seen through.
+    #[must_use]
+    pub fn file_name(&self) -> String {
+        let real = self.path.canonicalize().unwrap_or_else(|_| self.path.clone());
+        real.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+}
+
+/// Both builds: what a verdict is made of.
+#[derive(Debug)]
+pub struct Built {
+    /// Sources that were compiled again, in both versions.
+    pub pairs: Vec<Pair>,
+    /// For each target, in their order: what came out of the first build with its symbols; else what there is.
+    pub twins: Vec<Result<Image, BuildError>>,
+    /// How long the project's own two builds took.
+    pub compiling: Duration,
+    /// There are objects without debug information, by which changed types are seen.
+    pub is_blind: bool,
 }
 
 /// A build that gave no verdict.
@@ -74,6 +141,17 @@ pub enum BuildError {
         /// The file that is missing.
         missing: String,
     },
+    /// The source has the change already.
+    #[error("{file}: the source has this change already{by}")]
+    Already {
+        /// The diff's file.
+        file: String,
+        /// By which of its own patches.
+        by: String,
+    },
+    /// The diff changes nothing.
+    #[error("{0}: it changes nothing in the source")]
+    ChangesNothing(String),
     /// The project's build command failed.
     #[error("the {which} build failed ({status}); its last words:\n{lines}\nall of it is in {log}")]
     Failed {
@@ -125,6 +203,10 @@ impl BuildError {
         match self {
             Self::File { .. } => "look whether the path is right, and whether the disk has room",
             Self::Diff { .. } | Self::MissingFile { .. } => "get the source and the diff of one version",
+            Self::Already { .. } => {
+                "nothing is to be done for this source; if the program still runs without the change, restart it"
+            }
+            Self::ChangesNothing(_) => "look whether it is the right diff",
             Self::Failed { .. } => "make the build command work by itself, in a copy of the source",
             Self::Again { .. } | Self::NothingCompiled(_) => "build with gcc or clang, called by their plain names",
             Self::NoTwin { .. } => "name what the build makes with --twin, and build it with its symbols",
@@ -138,50 +220,109 @@ fn at(path: &Path) -> impl Fn(io::Error) -> BuildError + '_ {
     |error| BuildError::File { path: path.display().to_string(), error }
 }
 
-/// Builds, compares, and makes the patch. `step` is told what is being done.
+/// Builds both versions, and compiles what differs for comparison. `step` is told what is being done.
 ///
 /// # Errors
-/// Something can't be read, built or compared.
-pub fn build(project: &Project, facts: &Facts, step: &dyn Fn(&str)) -> Result<Verdict, BuildError> {
-    let module = image(&project.target)?;
-    let diffs = read_diffs(&project.diffs)?;
+/// Something can't be read or built.
+pub fn build(project: &Project, targets: &[Target], step: &dyn Fn(&str)) -> Result<Built, BuildError> {
+    let diffs = parse(&project.diffs)?;
     let site = Site::new(project)?;
-    step("copying the source");
-    copy(&project.source, &site.tree)?;
     // Whether the diff fits is said before an hour of building.
     let changes = changes(&diffs, &site.tree)?;
+    let pristine = match &project.again {
+        Again::SameCommand => None,
+        Again::AfterScript { .. } => Some(site.keep("pristine")?),
+    };
     step("building the source as it is");
-    site.build("first", &site.records("first"))?;
-    let twin = image(&find_twin(project, &site.tree)?)?;
-    let before = site.work.join("before");
-    copy(&site.tree, &before)?;
+    let begin = Instant::now();
+    site.build("first", &[])?;
+    let mut compiling = begin.elapsed();
+    let first = site.read_records("first")?;
+    if first.is_empty() {
+        return Err(BuildError::NothingCompiled("first"));
+    }
+    let twins = find_twins(project, targets)?;
+    site.keep("before")?;
     step("building it with the change");
-    for (path, text) in &changes {
-        write(&site.tree.join(path), text)?;
-    }
-    site.between()?;
-    let second = site.records("second");
-    site.build("second", &second)?;
-    let records = wrapper::read(&second).map_err(at(&second))?;
-    if records.is_empty() {
-        let first = site.records("first");
-        let any = wrapper::read(&first).map_err(at(&first))?;
-        // The diff may change what is not compiled: documentation, scripts.
-        return match any.is_empty() {
-            true => Err(BuildError::NothingCompiled("first")),
-            false => Ok(assemble::assemble(&[], &twin, &module, facts)?),
-        };
-    }
+    let begin = Instant::now();
+    let second = site.build_again(&changes, pristine)?;
+    compiling += begin.elapsed();
+    let mut differing = wrapper::differing(&first, second.clone());
+    differing.extend(overlooked(&first, &second, &changes, &site.tree));
     step("compiling what changed for comparison");
-    let jobs = jobs(&records);
+    let jobs = jobs(&differing);
     let new = site.compile_again(&jobs, "new")?;
-    let after = site.work.join("after");
-    fs::rename(&site.tree, &after).map_err(at(&site.tree))?;
-    fs::rename(&before, &site.tree).map_err(at(&before))?;
+    site.put_back("before", "after")?;
     let old = site.compile_again(&jobs, "old")?;
-    step("comparing");
     let pairs = pairs(&jobs, old, new, &site.tree);
-    Ok(assemble::assemble(&pairs, &twin, &module, facts)?)
+    let is_blind = pairs.iter().any(|pair| memchr::memmem::find(&pair.new, b".debug_info").is_none());
+    Ok(Built { pairs, twins, compiling, is_blind })
+}
+
+/// Compares, and makes the patch for one target, if there can be one.
+///
+/// # Errors
+/// Objects, twin or target are not what they should be.
+pub fn judge(compared: &[Compared], twin: &Image, target: &Target, facts: &Facts) -> Result<Verdict, BuildError> {
+    Ok(assemble::assemble(compared, twin, &target.image, facts)?)
+}
+
+/// Sources that a change reaches and the project did not compile again: those who write makefiles forget headers.
+fn overlooked(first: &[Record], second: &[Record], changes: &[Change], tree: &Path) -> Vec<Record> {
+    let known: HashSet<(&PathBuf, &Vec<String>)> =
+        second.iter().map(|record| (&record.directory, &record.sources)).collect();
+    let changed: Vec<PathBuf> = changes.iter().map(|(path, _)| tree.join(path)).collect();
+    let is_header = |path: &PathBuf| {
+        !first.iter().any(|record| record.sources.iter().any(|source| record.directory.join(source) == *path))
+    };
+    let headers: Vec<&PathBuf> = changed.iter().filter(|path| is_header(path)).collect();
+    let left = || first.iter().filter(|record| !known.contains(&(&record.directory, &record.sources)));
+    let includes = |record: &Record| {
+        let paths = record.includes();
+        paths.iter().any(|path| headers.iter().any(|header| same_path(&record.directory.join(path), header)))
+    };
+    let is_changed = |record: &Record| {
+        let sources = record.sources.iter().map(|source| record.directory.join(source));
+        sources.into_iter().any(|source| changed.iter().any(|path| same_path(&source, path)))
+    };
+    let all: Vec<&Record> = left().collect();
+    let found = parallel(&all, |record| is_changed(record) || !headers.is_empty() && includes(record));
+    all.into_iter().zip(found).filter(|(_, is_found)| *is_found).map(|(record, _)| record.clone()).collect()
+}
+
+/// Whether two paths are one, without asking the file system.
+fn same_path(a: &Path, b: &Path) -> bool {
+    fn plain(path: &Path) -> PathBuf {
+        path.components().fold(PathBuf::new(), |mut plain, part| {
+            match part {
+                std::path::Component::ParentDir => drop(plain.pop()),
+                std::path::Component::CurDir => {}
+                part => plain.push(part),
+            }
+            plain
+        })
+    }
+    plain(a) == plain(b)
+}
+
+/// Does the same for all, on all processors; the results in order.
+pub(super) fn parallel<T: Sync, R: Send>(all: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    let next = AtomicUsize::new(0);
+    let results: Mutex<Vec<(usize, R)>> = Mutex::new(Vec::with_capacity(all.len()));
+    let run = || {
+        while let Some((number, item)) = {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            all.get(number).map(|item| (number, item))
+        } {
+            let result = work(item);
+            results.lock().unwrap_or_else(PoisonError::into_inner).push((number, result));
+        }
+    };
+    let workers = std::thread::available_parallelism().map_or(1, usize::from).min(all.len());
+    std::thread::scope(|scope| (0..workers).for_each(|_| drop(scope.spawn(run))));
+    let mut results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
+    results.sort_by_key(|&(number, _)| number);
+    results.into_iter().map(|(_, result)| result).collect()
 }
 
 fn image(path: &Path) -> Result<Image, BuildError> {
@@ -193,14 +334,26 @@ fn image(path: &Path) -> Result<Image, BuildError> {
     Ok(Image::parse(&path.display().to_string(), bytes.into())?)
 }
 
-fn read_diffs(files: &[PathBuf]) -> Result<Vec<(String, Diff)>, BuildError> {
-    let read = |file: &PathBuf| {
-        let bytes = fs::read(file).map_err(at(file))?;
-        let name = file.display().to_string();
-        let diff = Diff::parse(&bytes).map_err(|error| BuildError::Diff { file: name.clone(), error })?;
-        Ok((name, diff))
-    };
-    files.iter().map(read).collect()
+/// Reads diffs. Of one that changes a Debian package (`debian/patches`), the patches that it brings are what changes the code.
+fn parse(texts: &[(String, Vec<u8>)]) -> Result<Vec<(String, Diff)>, BuildError> {
+    let mut diffs = Vec::new();
+    for (name, text) in texts {
+        let wrong = |error| BuildError::Diff { file: name.clone(), error };
+        let mut diff = Diff::parse(text).map_err(wrong)?;
+        for (inner, text) in diff.inner().map_err(wrong)? {
+            let name = format!("{name} ({inner})");
+            let wrong = |error| BuildError::Diff { file: name.clone(), error };
+            diffs.push((name.clone(), Diff::parse(&text).map_err(wrong)?));
+        }
+        diff.leave_out_packaging();
+        if !diff.files.is_empty() {
+            diffs.push((name.clone(), diff));
+        }
+    }
+    match (diffs.is_empty(), texts.first()) {
+        (true, Some((name, _))) => Err(BuildError::ChangesNothing(name.clone())),
+        _ => Ok(diffs),
+    }
 }
 
 /// A file of the source and its new contents; none: it goes.
@@ -230,8 +383,12 @@ fn changes(diffs: &[(String, Diff)], tree: &Path) -> Result<Vec<Change>, BuildEr
                 None if file.old.is_none() => Text::default(),
                 None => Text::read(&fs::read(tree.join(&path)).map_err(at(&path))?),
             };
-            text.change(file, &path.display().to_string())
-                .map_err(|error| BuildError::Diff { file: name.clone(), error })?;
+            text.change(file, &path.display().to_string()).map_err(|error| match error {
+                DiffError::DoesNotFit { .. } if has_already(diff, strip, tree) => {
+                    BuildError::Already { file: name.clone(), by: by_own_patch(diff, tree) }
+                }
+                error => BuildError::Diff { file: name.clone(), error },
+            })?;
             let text = file.new.as_ref().map(|_| text);
             match known {
                 Some(known) => changed[known].1 = text,
@@ -243,7 +400,35 @@ fn changes(diffs: &[(String, Diff)], tree: &Path) -> Result<Vec<Change>, BuildEr
         let text = text.map(|text| text.write(&path.display().to_string()));
         (path, text)
     };
-    Ok(changed.into_iter().map(write).collect())
+    let changed: Vec<Change> = changed.into_iter().map(write).collect();
+    let is_same = |(path, text): &Change| {
+        text.as_ref().is_some_and(|text| fs::read(tree.join(path)).is_ok_and(|before| before == *text))
+    };
+    match diffs.first() {
+        Some((name, _)) if changed.iter().all(is_same) => Err(BuildError::ChangesNothing(name.clone())),
+        _ => Ok(changed),
+    }
+}
+
+/// Whether the source is what the diff makes of it.
+fn has_already(diff: &Diff, strip: usize, tree: &Path) -> bool {
+    diff.files.iter().all(|file| {
+        let Some(path) = file.path(strip) else { return false };
+        let text = fs::read(tree.join(&path)).unwrap_or_default();
+        file.new.is_some() && file.reversed().apply(&path, &text).is_ok()
+    })
+}
+
+/// Which patch of a Debian package brought it, where one adds the same lines.
+fn by_own_patch(diff: &Diff, tree: &Path) -> String {
+    let folder = tree.join("debian/patches");
+    let series = fs::read_to_string(folder.join("series")).unwrap_or_default();
+    let has_it = |name: &&str| {
+        let text = fs::read(folder.join(name)).unwrap_or_default();
+        Diff::parse(&text).is_ok_and(|own| own.adds_all_of(diff))
+    };
+    let names = series.lines().filter_map(|line| line.split_whitespace().next()).filter(|name| !name.starts_with('#'));
+    names.into_iter().find(has_it).map_or_else(String::new, |name| format!(" (debian/patches/{name})"))
 }
 
 fn write(path: &Path, text: &Option<Vec<u8>>) -> Result<(), BuildError> {
@@ -255,7 +440,10 @@ fn write(path: &Path, text: &Option<Vec<u8>>) -> Result<(), BuildError> {
 }
 
 /// Copies a folder with all times, by which make decides what to build.
-fn copy(from: &Path, to: &Path) -> Result<(), BuildError> {
+///
+/// # Errors
+/// Something can't be read or written.
+pub fn copy(from: &Path, to: &Path) -> Result<(), BuildError> {
     let mut source = from.as_os_str().to_owned();
     source.push("/.");
     fs::create_dir_all(to).map_err(at(to))?;
@@ -271,9 +459,10 @@ fn copy(from: &Path, to: &Path) -> Result<(), BuildError> {
 struct Site<'a> {
     project: &'a Project,
     work: &'a Path,
-    tree: PathBuf,
+    tree: &'a Path,
     log: PathBuf,
-    compilers: PathBuf,
+    /// Comes first in PATH.
+    programs: PathBuf,
 }
 
 /// A source to be compiled once more.
@@ -282,47 +471,83 @@ struct Job {
     source: String,
 }
 
+/// Makes a folder of the work folder, where there must be none yet.
+///
+/// # Errors
+/// It holds an earlier build.
+pub fn claim(work: &Path) -> Result<(), BuildError> {
+    fs::create_dir_all(work).map_err(at(work))?;
+    let build = work.join("build");
+    fs::create_dir(&build).map_err(|error| match error.kind() {
+        io::ErrorKind::AlreadyExists => {
+            at(&build)(io::Error::other("it holds an earlier build; give another folder, or remove it"))
+        }
+        _ => at(&build)(error),
+    })
+}
+
 impl<'a> Site<'a> {
     fn new(project: &'a Project) -> Result<Self, BuildError> {
         let work = project.work.as_path();
-        fs::create_dir_all(work).map_err(at(work))?;
-        let build = work.join("build");
-        if build.exists() {
-            return Err(at(&build)(io::Error::other("it holds an earlier build; give another folder, or remove it")));
+        let programs = work.join("programs");
+        fs::create_dir_all(&programs).map_err(at(&programs))?;
+        if !project.in_room {
+            wrapper::make(&programs).map_err(at(&programs))?;
         }
-        let compilers = work.join("compilers");
-        wrapper::make(&compilers).map_err(at(&compilers))?;
-        let name = project.source.file_name().unwrap_or("source".as_ref());
-        Ok(Self { project, work, tree: build.join(name), log: work.join("build.log"), compilers })
+        Ok(Self { project, work, tree: &project.tree, log: work.join("build.log"), programs })
     }
 
     fn records(&self, which: &str) -> PathBuf {
         self.work.join(format!("{which}.records"))
     }
 
+    fn read_records(&self, which: &str) -> Result<Vec<Record>, BuildError> {
+        let file = self.records(which);
+        wrapper::read(&file).map_err(at(&file))
+    }
+
     fn log(&self) -> Result<File, BuildError> {
         File::options().create(true).append(true).open(&self.log).map_err(at(&self.log))
     }
 
-    fn command(&self, words: &[String], records: &Path) -> Result<Option<Command>, BuildError> {
-        let Some((program, arguments)) = words.split_first() else { return Ok(None) };
-        let path = std::env::var_os("PATH").unwrap_or_default();
-        let mut folders = vec![self.compilers.clone()];
+    /// Runs a command in the tree; `without`: programs that do nothing meanwhile.
+    fn run(&self, words: &[String], which: &str, without: &[String]) -> Result<ExitStatus, BuildError> {
+        let program = words.first().map_or_else(|| PathBuf::from("true"), PathBuf::from);
+        let mut folders = vec![self.programs.clone()];
+        if !without.is_empty() {
+            let idle = self.work.join("idle");
+            fs::create_dir_all(&idle).map_err(at(&idle))?;
+            for name in without {
+                let link = idle.join(name);
+                if link.symlink_metadata().is_err() {
+                    std::os::unix::fs::symlink("/bin/true", &link).map_err(at(&link))?;
+                }
+            }
+            folders.insert(0, idle);
+        }
+        let records = self.records(which);
+        if self.project.in_room {
+            let file = Path::new(wrapper::RECORDS_IN_ROOM);
+            fs::write(file, records.display().to_string()).map_err(at(file))?;
+        }
+        let path = self.project.path.clone().or_else(|| std::env::var_os("PATH")).unwrap_or_default();
         folders.extend(std::env::split_paths(&path));
-        let path = std::env::join_paths(folders).map_err(|error| at(&self.compilers)(io::Error::other(error)))?;
+        let path = std::env::join_paths(folders).map_err(|error| at(&self.programs)(io::Error::other(error)))?;
         let log = self.log()?;
-        let mut command = Command::new(program);
-        command.args(arguments).current_dir(&self.tree).env("PATH", path).env(wrapper::RECORDS, records);
+        let mut command = Command::new(&program);
+        command.args(words.get(1..).unwrap_or_default()).current_dir(self.tree);
+        for name in &self.project.cleared {
+            command.env_remove(name);
+        }
+        command.env("PATH", path).env("PWD", self.tree).env(wrapper::RECORDS, &records);
         command.envs(self.project.environment.iter().map(|(name, value)| (name, value)));
         command.stdin(Stdio::null()).stdout(log.try_clone().map_err(at(&self.log))?).stderr(log);
-        Ok(Some(command))
+        command.status().map_err(at(&program))
     }
 
-    fn build(&self, which: &'static str, records: &Path) -> Result<(), BuildError> {
+    fn build(&self, which: &'static str, without: &[String]) -> Result<(), BuildError> {
         let begin = fs::metadata(&self.log).map_or(0, |log| log.len());
-        let Some(mut command) = self.command(&self.project.command, records)? else { return Ok(()) };
-        let program = PathBuf::from(command.get_program());
-        let status = command.status().map_err(at(&program))?;
+        let status = self.run(&self.project.command, which, without)?;
         if status.success() {
             return Ok(());
         }
@@ -330,10 +555,49 @@ impl<'a> Site<'a> {
         Err(BuildError::Failed { which, status, lines: self.last_words(begin), log })
     }
 
-    fn between(&self) -> Result<(), BuildError> {
-        if let Some(mut command) = self.command(&self.project.between, &self.records("between"))? {
-            let program = PathBuf::from(command.get_program());
-            command.status().map_err(at(&program))?;
+    /// The second build; `pristine`: the source before the first one, for another beginning. What was compiled.
+    fn build_again(&self, changes: &[Change], pristine: Option<PathBuf>) -> Result<Vec<Record>, BuildError> {
+        self.change(changes)?;
+        let Again::AfterScript { script, without } = &self.project.again else {
+            self.build("second", &[])?;
+            return self.read_records("second");
+        };
+        let script = ["sh", "-c", script].map(str::to_owned);
+        let built = self.run(&script, "between", &[]).and_then(|_| self.build("second", without));
+        if built.is_ok() {
+            let records = self.read_records("second")?;
+            if !records.is_empty() || !changes.iter().any(|(path, _)| is_source(path)) {
+                return Ok(records);
+            }
+        }
+        let Some(pristine) = pristine else { return built.and_then(|()| self.read_records("second")) };
+        let name = pristine.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        self.put_back(&name, "unfinished")?;
+        self.change(changes)?;
+        self.build("third", &[])?;
+        self.read_records("third")
+    }
+
+    fn change(&self, changes: &[Change]) -> Result<(), BuildError> {
+        changes.iter().try_for_each(|(path, text)| write(&self.tree.join(path), text))
+    }
+
+    /// A copy of the tree as it is.
+    fn keep(&self, name: &str) -> Result<PathBuf, BuildError> {
+        let kept = self.work.join(name);
+        copy(self.tree, &kept)?;
+        Ok(kept)
+    }
+
+    /// The tree becomes what was kept as `name`; what it was goes to `aside`. The folder itself stays: it may be shown elsewhere.
+    fn put_back(&self, name: &str, aside: &str) -> Result<(), BuildError> {
+        let (kept, aside) = (self.work.join(name), self.work.join(aside));
+        fs::create_dir_all(&aside).map_err(at(&aside))?;
+        for (from, to) in [(&self.project.backing, &aside), (&kept, &self.project.backing)] {
+            for entry in fs::read_dir(from).map_err(at(from))? {
+                let name = entry.map_err(at(from))?.file_name();
+                fs::rename(from.join(&name), to.join(&name)).map_err(at(from))?;
+            }
         }
         Ok(())
     }
@@ -349,41 +613,39 @@ impl<'a> Site<'a> {
             Ok(String::from_utf8_lossy(&bytes).into_owned())
         };
         let text = read().unwrap_or_default();
-        let errors: Vec<&str> = text.lines().filter(|line| line.contains("error")).take(LINES_SHOWN).collect();
         let all: Vec<&str> = text.lines().collect();
+        let is_error = |line: &str| {
+            ["error:", "Error ", "undefined reference", "No space left", "No such file"]
+                .iter()
+                .any(|word| line.contains(word))
+        };
+        // Compilers show the place below, indented.
+        let is_place = |at: usize| {
+            let above = (at.saturating_sub(3)..at).rev().find(|&above| !all[above].starts_with(' '));
+            all[at].starts_with(' ') && above.is_some_and(|above| is_error(all[above]))
+        };
+        let errors: Vec<&str> = (0..all.len())
+            .filter(|&at| is_error(all[at]) || is_place(at))
+            .map(|at| all[at])
+            .take(LINES_SHOWN)
+            .collect();
         let shown = if errors.is_empty() { &all[all.len().saturating_sub(LINES_SHOWN)..] } else { &errors[..] };
-        shown.join("\n")
+        let mut shown = shown.join("\n");
+        // The log may have had no room for that.
+        let room = nix::sys::statvfs::statvfs(self.work).map(|disk| disk.blocks_available() * disk.fragment_size());
+        if room.is_ok_and(|room| room < DISK_LEAST) {
+            shown.push_str(&format!("\nNo space left on device: {}", self.work.display()));
+        }
+        shown
     }
 
     /// The objects of all jobs, in their order; none where the source is not there (it is new, or was for a moment only).
     fn compile_again(&self, jobs: &[Job], version: &str) -> Result<Vec<Option<Vec<u8>>>, BuildError> {
         let folder = self.work.join(version);
         fs::create_dir_all(&folder).map_err(at(&folder))?;
-        let (next, failed) = (AtomicUsize::new(0), Mutex::new(None));
-        let objects: Vec<Mutex<Option<Vec<u8>>>> = jobs.iter().map(|_| Mutex::new(None)).collect();
-        let work = || {
-            while let Some((number, job)) = {
-                let number = next.fetch_add(1, Ordering::Relaxed);
-                jobs.get(number).map(|job| (number, job))
-            } {
-                match self.compile_job(job, &folder.join(format!("{number}.o"))) {
-                    Ok(bytes) => *objects[number].lock().unwrap_or_else(PoisonError::into_inner) = bytes,
-                    Err(error) => {
-                        failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-                        next.store(jobs.len(), Ordering::Relaxed);
-                    }
-                }
-            }
-        };
-        let workers = std::thread::available_parallelism().map_or(1, usize::from).min(jobs.len().max(1));
-        std::thread::scope(|scope| (0..workers).for_each(|_| drop(scope.spawn(work))));
-        match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            Some(error) => Err(error),
-            None => Ok(objects
-                .into_iter()
-                .map(|object| object.into_inner().unwrap_or_else(PoisonError::into_inner))
-                .collect()),
-        }
+        let numbered: Vec<(usize, &Job)> = jobs.iter().enumerate().collect();
+        let compile = |(number, job): &(usize, &Job)| self.compile_job(job, &folder.join(format!("{number}.o")));
+        parallel(&numbered, compile).into_iter().collect()
     }
 
     fn compile_job(&self, job: &Job, output: &Path) -> Result<Option<Vec<u8>>, BuildError> {
@@ -419,19 +681,19 @@ fn pairs(jobs: &[Job], old: Vec<Option<Vec<u8>>>, new: Vec<Option<Vec<u8>>>, tre
     jobs.iter()
         .zip(old)
         .zip(new)
-        .filter_map(|((job, old), new)| Some(Pair { source: source(job), old, new: new? }))
+        .filter_map(|((job, old), new)| Some(Pair { source: source(job), old, new: new?, is_lto: job.record.is_lto() }))
         .collect()
 }
 
-/// The file of the build that is the target with its symbols.
-fn find_twin(project: &Project, tree: &Path) -> Result<PathBuf, BuildError> {
+/// For each target, the file of the build that is it with its symbols: of the same build-id, or else of the same name. Of
+/// several, the one in which most of the target's code is found.
+fn find_twins(project: &Project, targets: &[Target]) -> Result<Vec<Result<Image, BuildError>>, BuildError> {
     if let Some(twin) = &project.twin {
-        return Ok(tree.join(twin));
+        let twin = project.tree.join(twin);
+        return Ok(targets.iter().map(|_| image(&twin)).collect());
     }
-    let name = project.target.canonicalize().unwrap_or_else(|_| project.target.clone());
-    let name = name.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let mut candidates = Vec::new();
-    let mut folders = vec![tree.to_owned()];
+    let mut folders = vec![project.tree.clone()];
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(&folder).map_err(at(&folder))?.flatten() {
             let (Ok(kind), path) = (entry.file_type(), entry.path()) else { continue };
@@ -442,26 +704,53 @@ fn find_twin(project: &Project, tree: &Path) -> Result<PathBuf, BuildError> {
             }
         }
     }
-    let is_named = |path: &&PathBuf| path.file_name().is_some_and(|other| other.to_string_lossy() == name);
-    let count = |path: &PathBuf| -> usize {
-        let Ok(image) = image(path) else { return 0 };
+    candidates.sort();
+    Ok(targets.iter().map(|target| find_twin(project, target, &candidates)).collect())
+}
+
+fn find_twin(project: &Project, target: &Target, candidates: &[PathBuf]) -> Result<Image, BuildError> {
+    let name = target.file_name();
+    let own = |image: &Image| {
         image.all_symbols().filter(|symbol| symbol.kind == SymbolKind::Function && !symbol.exported).count()
     };
-    let best = candidates.iter().filter(is_named).map(|path| (count(path), path)).max();
-    match best {
-        Some((symbols, path)) if symbols > 0 => Ok(path.clone()),
-        _ => {
-            let shown = |path: &PathBuf| path.strip_prefix(tree).unwrap_or(path).display().to_string();
-            let mut shown: Vec<String> = candidates.iter().map(shown).collect();
-            shown.sort();
-            shown.truncate(8);
-            Err(BuildError::NoTwin { name, candidates: shown.join(", ") })
+    let mut named = Vec::new();
+    for path in candidates {
+        let is_named = path.file_name().is_some_and(|other| *other == *name);
+        // Tests and helpers are many, and only what has the target's build-id or name is looked into.
+        if !is_named && candidates.len() > CANDIDATES_MOST {
+            continue;
+        }
+        let Ok(image) = image(path) else { continue };
+        let is_same = image.build_id().is_some() && image.build_id() == target.image.build_id();
+        if is_same && own(&image) > 0 {
+            return Ok(image);
+        }
+        if is_named && own(&image) > 0 {
+            named.push(image);
         }
     }
+    let found =
+        |image: &Image| crate::build::twin::locate(image, &target.image).map_or(0, |located| located.found.len());
+    let best = match named.len() {
+        0 | 1 => named.pop(),
+        _ => named.into_iter().max_by_key(found),
+    };
+    best.ok_or_else(|| {
+        let shown = |path: &PathBuf| path.strip_prefix(&project.tree).unwrap_or(path).display().to_string();
+        let mut shown: Vec<String> = candidates.iter().map(shown).collect();
+        shown.truncate(8);
+        BuildError::NoTwin { name, candidates: shown.join(", ") }
+    })
+}
+
+/// Whether compilers read it.
+fn is_source(path: &Path) -> bool {
+    const ENDINGS: [&str; 10] = ["c", "h", "cc", "cpp", "cxx", "C", "hh", "hpp", "hxx", "inc"];
+    path.extension().and_then(|ending| ending.to_str()).is_some_and(|ending| ENDINGS.contains(&ending))
 }
 
 /// An executable or shared library (ET_EXEC, ET_DYN).
-fn is_linked(path: &Path) -> bool {
+pub(super) fn is_linked(path: &Path) -> bool {
     let mut header = [0; 18];
     let read = File::open(path).and_then(|mut file| file.read_exact(&mut header));
     read.is_ok() && header.starts_with(b"\x7fELF\x02\x01") && matches!(header[16], 2 | 3)

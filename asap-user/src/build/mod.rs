@@ -2,9 +2,12 @@
 
 pub mod assemble;
 pub mod compare;
+pub mod debian;
 pub mod diff;
 pub mod driver;
 pub mod extract;
+pub mod room;
+pub mod same_code;
 pub mod twin;
 pub mod types;
 pub mod wrapper;

@@ -35,44 +35,44 @@ pub struct Inspect {
 
 /// What is shown.
 #[derive(Debug, Default, PartialEq, Eq, Serialize)]
-struct Contents {
+pub struct Contents {
     #[serde(skip_serializing_if = "Option::is_none")]
     manifest: Option<Manifest>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     signatures: Vec<String>,
-    functions: Vec<Defined>,
-    variables: Vec<Defined>,
+    pub functions: Vec<Defined>,
+    pub variables: Vec<Defined>,
     replaces: Vec<Replaces>,
     calls_original: Vec<String>,
     hooks: Vec<Hook>,
     needs: Vec<Need>,
     relocations: BTreeMap<String, usize>,
-    code_bytes: usize,
+    pub code_bytes: usize,
     rodata_bytes: usize,
     data_bytes: usize,
 }
 
 #[derive(Debug, PartialEq, Eq, Serialize)]
-struct Defined {
+pub struct Defined {
     name: String,
     bytes: u64,
     scope: &'static str,
 }
 
 #[derive(Debug, PartialEq, Eq, Serialize)]
-struct Replaces {
+pub struct Replaces {
     replaces: String,
     by: String,
 }
 
 #[derive(Debug, PartialEq, Eq, Serialize)]
-struct Hook {
+pub struct Hook {
     when: &'static str,
     function: String,
 }
 
 #[derive(Debug, PartialEq, Eq, Serialize)]
-struct Need {
+pub struct Need {
     name: String,
     kind: &'static str,
     file: Option<String>,
@@ -103,7 +103,13 @@ impl Inspect {
 }
 
 impl Contents {
-    fn of(object: &PatchObject) -> Self {
+    /// With what a patch file says of itself.
+    pub fn with(self, manifest: Option<Manifest>) -> Self {
+        Self { manifest, ..self }
+    }
+
+    /// What is in object files.
+    pub fn of(object: &PatchObject) -> Self {
         let scope = |global: bool| if global { "global" } else { "static" };
         let hooks = object.hooks();
         let hooks = [
@@ -210,6 +216,7 @@ fn described(manifest: &Manifest) -> String {
     line("package", Some(package).filter(|package| !package.is_empty()).into_iter().collect());
     line("diff", origin.diff.iter().chain(&origin.diff_sha256).cloned().collect());
     line("fixes", origin.fixes.clone());
+    line("compiled by", origin.compiler.iter().cloned().collect());
     line("requires the patches", manifest.requires.clone());
     line("replaces the patches", manifest.replaces.clone());
     printable_lines(&text)

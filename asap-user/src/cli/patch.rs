@@ -66,21 +66,32 @@ impl PatchOptions {
     /// Sends the request and shows the answer.
     pub fn run(self, global: &Global, command: &str, dry_run: bool) -> Result<(), Failure> {
         require_root(command)?;
-        let files = files::read(&self.files)?;
-        let request = Request::Patch(PatchRequest {
+        let reply = ask(&global.socket, &self.request(dry_run)?)?;
+        let Reply::Patched(_) = &reply else { return Err(unexpected(&reply)) };
+        global.show(&reply, || shown(&reply))
+    }
+
+    /// The request, with the files read.
+    pub fn request(self, dry_run: bool) -> Result<Request, Failure> {
+        Ok(Request::Patch(PatchRequest {
             pid: self.pid,
             functions: self.functions,
             address: self.address,
-            files,
+            files: files::read(&self.files)?,
             name: self.name,
             dry_run,
             timeout_ms: values::milliseconds(self.timeout),
             consistency: self.consistency,
             mechanism: self.mechanism,
-        });
-        let reply = ask(&global.socket, &request)?;
-        let Reply::Patched(report) = &reply else { return Err(unexpected(&reply)) };
-        global.show(&reply, || patched(report))
+        }))
+    }
+}
+
+/// The answer to a request to patch.
+pub fn shown(reply: &Reply) -> String {
+    match reply {
+        Reply::Patched(report) => patched(report),
+        other => format!("{other:?}\n"),
     }
 }
 

@@ -90,6 +90,26 @@ fn tls_segment(program: &elf::ProgramHeader64<LE>) -> TlsSegment {
     }
 }
 
+impl Image {
+    /// What the compilers of its parts say of themselves (`.comment`), each once; nothing, where that was stripped.
+    #[must_use]
+    pub fn compilers(&self) -> Vec<String> {
+        const NAMES_MOST: usize = 16;
+        let data = self.bytes.bytes();
+        let read = || {
+            let sections = Header::parse(data).ok()?.sections(LE, data).ok()?;
+            let (_, section) = sections.section_by_name(LE, b".comment")?;
+            section.data(LE, data).ok()
+        };
+        let names = read().unwrap_or_default().split(|&byte| byte == 0).filter(|name| !name.is_empty());
+        let mut names: Vec<String> =
+            names.take(NAMES_MOST).map(|name| String::from_utf8_lossy(name).chars().take(200).collect()).collect();
+        names.sort();
+        names.dedup();
+        names
+    }
+}
+
 /// NT_GNU_BUILD_ID among `notes`.
 pub(super) fn build_id(mut notes: NoteIterator<'_, Header>) -> Option<Vec<u8>> {
     for _ in 0..NOTES_MOST {

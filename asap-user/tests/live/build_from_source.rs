@@ -176,6 +176,18 @@ impl<'a> Project<'a> {
         self.lab.asap(&[&arguments[..], &[&path(work.path()), "--", "make"]].concat())
     }
 
+    /// Installs a build with other flags or another compiler, and has the project built with flags of ours.
+    fn flags(&self, installed: &str, ours: &str) {
+        let set = |flags: &str| {
+            let text = MAKEFILE.replace("CFLAGS = -O2 -g -fpie", &format!("CFLAGS = -fpie {flags}"));
+            let text = text.replace("$(CC) -pie", "$(CC) $(CFLAGS) -pie");
+            fs::write(self.source.join("Makefile"), text).expect("written");
+        };
+        set(installed);
+        self.install(&[]);
+        set(ours);
+    }
+
     fn patch(&self) -> String {
         self.lab.path("fix.asap").to_str().expect("ASCII").to_owned()
     }
@@ -292,4 +304,153 @@ fn bad_input_is_refused_with_the_reason() {
     let verdict = json(&project.build(&changes_scale));
     assert_eq!(verdict["class"].as_str(), Some("not-applicable"), "{verdict:#}");
     assert!(verdict["findings"].to_string().contains("scale can't be found for certain"), "{verdict:#}");
+}
+
+#[test]
+fn other_flags_are_used_or_the_reason_is_said() {
+    let Some(lab) = Lab::new("other_flags_are_used_or_the_reason_is_said") else { return };
+    let Some(project) = Project::new(&lab) else { return };
+    let diff = project.diff("parts.c", &[("return x * 2 + calls", "return x * 3 + calls")]);
+    // Without optimisation, and without debug information: as always. What is lost is little: it is compiled for comparison with it.
+    for flags in ["-O0 -g", "-O2", "-O3 -g0", "-Os -g"] {
+        project.flags(flags, flags);
+        let verdict = json(&project.build(&diff));
+        assert_eq!(verdict["class"].as_str(), Some("code-only"), "{flags}: {verdict:#}");
+        assert!(names(&verdict).contains(&"scale") || flags != "-O2", "{flags}: {verdict:#}");
+        let target = project.start();
+        lab.attach(target.pid());
+        lab.patch(&[&project.patch()]);
+        assert_eq!(target.number("call 8"), 25, "{flags}");
+        lab.detach(&["--revert"]);
+        assert_eq!(target.number("call 8"), 18, "{flags}");
+    }
+    project.flags("-O2 -flto", "-O2 -flto");
+    let answer = project.build(&diff);
+    let verdict = json(&answer);
+    assert_eq!((answer.code, verdict["class"].as_str()), (1, Some("not-applicable")), "{verdict:#}");
+    let finding = verdict["findings"].to_string();
+    assert!(finding.contains("parts.c is compiled with -flto") && finding.contains("without -flto"), "{verdict:#}");
+    // Other code than what runs, by flags or by compilers.
+    let mut cases = vec![("-O1", "-O2", "its code there is not what was built here".to_owned())];
+    if Command::new("clang").arg("--version").output().is_ok_and(|done| done.status.success()) {
+        cases.push(("-O2\nCC = clang", "-O2", "it was compiled by".to_owned()));
+    }
+    for (installed, ours, words) in cases {
+        project.flags(installed, ours);
+        let answer = project.build(&diff);
+        let verdict = json(&answer);
+        assert_eq!((answer.code, verdict["class"].as_str()), (1, Some("not-applicable")), "{installed:?}: {verdict:#}");
+        assert!(verdict["findings"].to_string().contains(&words), "{installed:?}: {verdict:#}");
+        assert!(verdict["findings"][0]["way_out"].as_str().is_some_and(|words| words.contains("compiler and flags")));
+    }
+}
+
+#[test]
+fn what_is_in_already_or_changes_nothing_is_said() {
+    let Some(lab) = Lab::new("what_is_in_already_or_changes_nothing_is_said") else { return };
+    let Some(project) = Project::new(&lab) else { return };
+    let diff = project.diff("parts.c", &[("return 7", "return 8")]);
+    let repaired =
+        fs::read_to_string(project.source.join("parts.c")).expect("a source").replace("return 7", "return 8");
+    let before = fs::read_to_string(project.source.join("parts.c")).expect("a source");
+    fs::write(project.source.join("parts.c"), repaired).expect("written");
+    let failure = project.build(&diff).failure();
+    assert!(failure.message.contains("has this change already"), "{failure:?}");
+    // A Debian package says in which of its patches.
+    fs::create_dir_all(project.source.join("debian/patches")).expect("made");
+    fs::write(project.source.join("debian/patches/series"), "other.patch\nfix.patch # why\n").expect("written");
+    fs::copy(&diff, project.source.join("debian/patches/fix.patch")).expect("copied");
+    let failure = project.build(&diff).failure();
+    assert!(failure.message.contains("(debian/patches/fix.patch)"), "{failure:?}");
+    fs::write(project.source.join("parts.c"), before).expect("written");
+    let text = fs::read_to_string(&diff).expect("a diff").replace("return 8", "return 7");
+    fs::write(&diff, text).expect("written");
+    let failure = project.build(&diff).failure();
+    assert!(failure.message.contains("changes nothing"), "{failure:?}");
+    let packaging = "--- a/debian/changelog\n+++ b/debian/changelog\n@@ -1 +1,2 @@\n+new\n old\n";
+    fs::write(&diff, packaging).expect("written");
+    let failure = project.build(&diff).failure();
+    assert!(failure.message.contains("changes nothing"), "{failure:?}");
+}
+
+#[test]
+fn a_debdiff_brings_its_patches() {
+    let Some(lab) = Lab::new("a_debdiff_brings_its_patches") else { return };
+    let Some(project) = Project::new(&lab) else { return };
+    let inner = fs::read_to_string(project.diff("parts.c", &[("return x * 2 + calls", "return x * 3 + calls")]))
+        .expect("a diff");
+    let lines: Vec<String> = inner.lines().map(|line| format!("+{line}\n")).collect();
+    let debdiff = format!(
+        "diff -Nru a/debian/patches/fix.patch b/debian/patches/fix.patch\n--- /dev/null\n+++ b/debian/patches/fix.patch\n\
+         @@ -0,0 +1,{} @@\n{}--- a/debian/patches/series\n+++ b/debian/patches/series\n@@ -1 +1,2 @@\n one.patch\n+fix.patch\n",
+        lines.len(),
+        lines.concat()
+    );
+    let file = lab.path("CVE-2026-4.debdiff");
+    fs::write(&file, debdiff).expect("written");
+    let verdict = json(&project.build(file.to_str().expect("ASCII")));
+    assert_eq!((verdict["class"].as_str(), names(&verdict)), (Some("code-only"), vec!["scale"]), "{verdict:#}");
+}
+
+#[test]
+fn a_full_disk_is_said_and_leaves_no_patch_behind() {
+    let Some(lab) = Lab::new("a_full_disk_is_said_and_leaves_no_patch_behind") else { return };
+    let Some(project) = Project::new(&lab) else { return };
+    let diff = project.diff("parts.c", &[("return 7", "return 8")]);
+    let text = |path: &Path| path.to_str().expect("ASCII").to_owned();
+    let small = lab.path("small");
+    fs::create_dir(&small).expect("made");
+    let (program, source, target) = (text(&crate::support::program()), text(&project.source), text(&project.installed));
+    // In a mount namespace of its own, a disk of so many KiB: too small for the copy, for the objects, for the patch.
+    let run = |size: usize, work: &str, output: &str| {
+        let script = format!(
+            "mount -t tmpfs -o size={size}k tmpfs {small} && {program} --json build --source {source} --patch {diff} --target {target} \
+             -o {output} --work {work} -- make; code=$?; ls -A {small} >&2; exit $code",
+            small = text(&small),
+        );
+        let done = Command::new("unshare").args(["-m", "sh", "-c", &script]).output().expect("unshare runs");
+        let [out, errors] = [done.stdout, done.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+        (done.status.code(), out, errors)
+    };
+    let elsewhere = lab.path("fix.asap");
+    for size in [8, 64, 200] {
+        let (code, out, errors) = run(size, &text(&small.join("work")), &text(&elsewhere));
+        assert!(code.is_some_and(|code| code != 0), "{size}: {out} {errors}");
+        assert!(out.contains("No space left on device"), "{size}: {out} {errors}");
+        assert!(!elsewhere.exists());
+    }
+    // Only the patch finds no room: it is written whole or not at all.
+    let (code, out, errors) = run(4, &text(&lab.path("roomy")), &text(&small.join("fix.asap")));
+    assert!(code.is_some_and(|code| code != 0) && out.contains("No space left on device"), "{out} {errors}");
+    assert!(!errors.contains("fix.asap"), "left behind: {errors}");
+}
+
+#[test]
+fn check_tells_class_contents_and_processes() {
+    let Some(lab) = Lab::new("check_tells_class_contents_and_processes") else { return };
+    let Some(project) = Project::new(&lab) else { return };
+    let diff =
+        project.diff("parts.c", &[("    switch", "    static volatile int fresh = 1000;\n    fresh++;\n    switch")]);
+    let verdict = json(&project.build(&diff));
+    assert_eq!(verdict["class"].as_str(), Some("new-data"), "{verdict:#}");
+    // What a new variable starts with is said: the program may have passed the place where it is set.
+    assert!(verdict["findings"].to_string().contains("starts at its initial value"), "{verdict:#}");
+    let target = project.start();
+    lab.attach(target.pid());
+    let before = Snapshot::of(target.pid());
+    let found = json(&lab.asap(&["check", &project.patch()]));
+    assert_eq!((found["class"].as_str(), found["would_go_in"].as_bool()), (Some("new-data"), Some(true)), "{found:#}");
+    assert_eq!(found["contents"]["manifest"]["functions"][0]["old"].as_str(), Some("answer"), "{found:#}");
+    assert!(found.to_string().contains(&format!("\"pid\":{}", target.pid())), "{found:#}");
+    Snapshot::of(target.pid()).assert_same(&before, "checked");
+    // Of another build.
+    project.install(&[("return 7", "return 9")]);
+    let other = project.start();
+    lab.detach(&[]);
+    lab.attach(other.pid());
+    let answer = lab.asap(&["check", &project.patch()]);
+    let found = json(&answer);
+    assert_eq!((answer.code, found["would_go_in"].as_bool()), (1, Some(false)), "{found:#}");
+    assert_eq!(found["class"].as_str(), Some("new-data"));
+    assert!(answer.failure().message.contains("build-id"), "{answer:?}");
 }

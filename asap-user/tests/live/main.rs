@@ -3,6 +3,7 @@
 
 mod at_rest;
 mod build_from_source;
+mod build_systems;
 mod cancelled_requests;
 mod confined_targets;
 mod dry_run;

@@ -38,13 +38,19 @@ const fn need_of_root(file: &'static str, package: &'static str, purpose: &'stat
     Need { file, package, purpose, root_only: true }
 }
 
-const NEEDED: [Need; 15] = [
+const NEEDED: [Need; 21] = [
     need("/usr/bin/gcc", "gcc", "test programs and patches"),
     need("/usr/bin/g++", "g++", "test programs and patches in C++"),
     need("/usr/bin/clang", "clang", "patches by another compiler, and libclang for the bindings of userfaultfd"),
     need("/usr/include/stdio.h", "libc6-dev", "test programs"),
     need("/usr/bin/objcopy", "binutils", "tests of debug files"),
     need("/usr/bin/xz", "xz-utils", "tests of debug files"),
+    need("/usr/bin/make", "make", "tests of builds"),
+    need("/usr/bin/cmake", "cmake", "tests of builds"),
+    need("/usr/bin/meson", "meson", "tests of builds"),
+    need("/usr/bin/libtoolize", "libtool", "tests of builds"),
+    need("/usr/bin/automake", "automake", "tests of builds"),
+    need("/usr/bin/dh", "debhelper", "tests of builds, and builds of Debian's packages"),
     need("/usr/bin/unshare", "util-linux", "tests of namespaces"),
     need_of_root("/usr/bin/gdb", "gdb", "tests beside a debugger"),
     need_of_root("/usr/sbin/apache2", "apache2-bin", "the server of the demo"),

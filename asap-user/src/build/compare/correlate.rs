@@ -7,7 +7,7 @@ use super::{
     code,
     object::{Kind, Object, Place, SymbolKind},
 };
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 /// Sections that belong together.
 #[derive(Clone, Debug)]
@@ -78,34 +78,68 @@ fn key(object: &Object, section: usize) -> Option<(String, bool)> {
     Some((symbol.name.clone(), symbol.local))
 }
 
+/// Names that compilers number: also the first of several, which may have none (clang: `f.counter`, `f.counter.1`).
+pub struct Numbered {
+    /// Base names of several variables or constants of one build.
+    shared: HashSet<String>,
+}
+
+impl Numbered {
+    /// Those of two builds.
+    pub fn of(old: &Object, new: &Object) -> Self {
+        let mut shared = HashSet::new();
+        for object in [old, new] {
+            let mut once = HashSet::new();
+            for section in (0..object.sections.len()).filter(|&at| is_element(object.sections[at].kind)) {
+                let name =
+                    key(object, section).filter(|(_, local)| *local && object.sections[section].kind != Kind::Code);
+                if let Some(base) = name.map(|(name, _)| base_name(&name))
+                    && !once.insert(base.clone())
+                {
+                    shared.insert(base);
+                }
+            }
+        }
+        Self { shared }
+    }
+
+    /// Whether the name does not tell by itself what it is.
+    pub fn has(&self, name: &str, is_code: bool) -> bool {
+        let base = base_name(name);
+        base != name || !is_code && self.shared.contains(&base)
+    }
+}
+
 /// Finds what belongs together.
 pub fn correlate(old: &Object, new: &Object) -> Correlation {
     let mut found = Correlation { to_new: vec![None; old.sections.len()], to_old: vec![None; new.sections.len()] };
-    by_symbol(old, new, &mut found);
-    by_use(old, new, &mut found);
-    by_base(old, new, &mut found);
+    let numbered = Numbered::of(old, new);
+    by_symbol(old, new, &numbered, &mut found);
+    by_use(old, new, &numbered, &mut found);
+    by_base(old, new, &numbered, &mut found);
     // A function that only now has its partner may tell of its variables.
-    by_use(old, new, &mut found);
-    by_base_only_one(old, new, &mut found);
+    by_use(old, new, &numbered, &mut found);
+    by_base_only_one(old, new, &numbered, &mut found);
     by_section(old, new, &mut found);
     found
 }
 
 type Named = BTreeMap<(String, bool), Vec<usize>>;
 
-fn named(object: &Object, keep: impl Fn(&str) -> bool) -> Named {
+fn named(object: &Object, keep: impl Fn(&str, bool) -> bool) -> Named {
     let mut named = Named::new();
     for section in (0..object.sections.len()).filter(|&at| is_element(object.sections[at].kind)) {
-        if let Some((name, _)) = key(object, section).filter(|(name, _)| keep(name)) {
-            named.entry((name, object.sections[section].kind == Kind::Code)).or_default().push(section);
+        let is_code = object.sections[section].kind == Kind::Code;
+        if let Some((name, _)) = key(object, section).filter(|(name, _)| keep(name, is_code)) {
+            named.entry((name, is_code)).or_default().push(section);
         }
     }
     named
 }
 
 /// Same name, once in each.
-fn by_symbol(old: &Object, new: &Object, found: &mut Correlation) {
-    let certain = |name: &str| base_name(name) == name;
+fn by_symbol(old: &Object, new: &Object, numbered: &Numbered, found: &mut Correlation) {
+    let certain = |name: &str, is_code| !numbered.has(name, is_code);
     let (olds, news) = (named(old, certain), named(new, certain));
     for (name, sections) in &olds {
         if let ([a], Some([b])) = (&sections[..], news.get(name).map(Vec::as_slice)) {
@@ -115,13 +149,13 @@ fn by_symbol(old: &Object, new: &Object, found: &mut Correlation) {
 }
 
 /// In functions that belong together, what they use in the same order belongs together if it is called the same.
-fn by_use(old: &Object, new: &Object, found: &mut Correlation) {
+fn by_use(old: &Object, new: &Object, numbered: &Numbered, found: &mut Correlation) {
     let pairs: Vec<_> = found.pairs().collect();
     for (a, b) in pairs {
         if old.sections[a].kind == Kind::Startup {
             continue;
         }
-        let (mut used_old, mut used_new) = (numbered_uses(old, a), numbered_uses(new, b));
+        let (mut used_old, mut used_new) = (numbered_uses(old, a, numbered), numbered_uses(new, b, numbered));
         for (name, olds) in &mut used_old {
             let Some(news) = used_new.get_mut(name) else { continue };
             olds.retain(|&at| found.new_of(at).is_none());
@@ -161,7 +195,7 @@ fn alike(old: &Object, a: usize, new: &Object, b: usize) -> bool {
 }
 
 /// What a section uses of numbered names, by base name, in the order of first use.
-fn numbered_uses(object: &Object, section: usize) -> HashMap<(String, bool), Vec<usize>> {
+fn numbered_uses(object: &Object, section: usize, numbered: &Numbered) -> HashMap<(String, bool), Vec<usize>> {
     let mut uses: HashMap<(String, bool), Vec<usize>> = HashMap::new();
     for relocation in &object.sections[section].relocations {
         let Some(Place::Section(target)) = object.symbols.get(relocation.symbol).map(|symbol| symbol.place) else {
@@ -170,8 +204,9 @@ fn numbered_uses(object: &Object, section: usize) -> HashMap<(String, bool), Vec
         if !is_element(object.sections[target].kind) || target == section {
             continue;
         }
-        let Some((name, _)) = key(object, target).filter(|(name, _)| base_name(name) != *name) else { continue };
-        let list = uses.entry((base_name(&name), object.sections[target].kind == Kind::Code)).or_default();
+        let is_code = object.sections[target].kind == Kind::Code;
+        let Some((name, _)) = key(object, target).filter(|(name, _)| numbered.has(name, is_code)) else { continue };
+        let list = uses.entry((base_name(&name), is_code)).or_default();
         if !list.contains(&target) {
             list.push(target);
         }
@@ -179,9 +214,9 @@ fn numbered_uses(object: &Object, section: usize) -> HashMap<(String, bool), Vec
     uses
 }
 
-fn grouped(object: &Object, free: impl Fn(usize) -> bool) -> Named {
+fn grouped(object: &Object, numbered: &Numbered, free: impl Fn(usize) -> bool) -> Named {
     let mut groups = Named::new();
-    for (name, sections) in named(object, |name| base_name(name) != name) {
+    for (name, sections) in named(object, |name, is_code| numbered.has(name, is_code)) {
         let group = groups.entry((base_name(&name.0), name.1)).or_default();
         group.extend(sections.into_iter().filter(|&at| free(at)));
     }
@@ -189,9 +224,9 @@ fn grouped(object: &Object, free: impl Fn(usize) -> bool) -> Named {
 }
 
 /// Functions with the same base name: those that do the same first.
-fn by_base(old: &Object, new: &Object, found: &mut Correlation) {
-    let olds = grouped(old, |at| found.new_of(at).is_none());
-    let news = grouped(new, |at| found.old_of(at).is_none());
+fn by_base(old: &Object, new: &Object, numbered: &Numbered, found: &mut Correlation) {
+    let olds = grouped(old, numbered, |at| found.new_of(at).is_none());
+    let news = grouped(new, numbered, |at| found.old_of(at).is_none());
     for (name, sections) in olds.iter().filter(|((_, is_code), _)| *is_code) {
         let Some(others) = news.get(name) else { continue };
         for &a in sections {
@@ -211,9 +246,9 @@ fn by_base(old: &Object, new: &Object, found: &mut Correlation) {
 }
 
 /// One is left in each.
-fn by_base_only_one(old: &Object, new: &Object, found: &mut Correlation) {
-    let olds = grouped(old, |at| found.new_of(at).is_none());
-    let news = grouped(new, |at| found.old_of(at).is_none());
+fn by_base_only_one(old: &Object, new: &Object, numbered: &Numbered, found: &mut Correlation) {
+    let olds = grouped(old, numbered, |at| found.new_of(at).is_none());
+    let news = grouped(new, numbered, |at| found.old_of(at).is_none());
     for (name, sections) in &olds {
         if let ([a], Some([b])) = (&sections[..], news.get(name).map(Vec::as_slice))
             && alike(old, *a, new, *b)

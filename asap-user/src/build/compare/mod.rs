@@ -6,6 +6,8 @@
 //! Both builds must have a section for each function and variable (`-ffunction-sections -fdata-sections`). Sections are
 //! compared by decoded instructions and by what they refer to, not by bytes.
 
+#[cfg(test)]
+mod apache22;
 mod code;
 mod correlate;
 mod include;

@@ -116,7 +116,125 @@ int limit(int x) { return limits[x & 3]; }
 int other(int x) { return x + 4; }
 "#;
 
+const TABLE: &str = r#"
+extern int use(const char *, int);
+int code(int x) { switch (x) { case 0: return 5; case 1: return 17; case 2: return 3; case 3: return 99; case 4: return 41; case 5: return 7; } return -1; }
+int named(int x) { return use(__func__, x) + 1; }
+int other(int x) { return use(__func__, x) + 2; }
+"#;
+
+const CLONES: &str = r#"
+struct pair { int a, b; };
+extern int sink(int);
+static __attribute__((noinline)) int first_of(struct pair *p, int scale, int unused) { return sink(p->a * scale); }
+static __attribute__((noinline)) int second_of(const struct pair *p, int scale) { return sink(p->b + scale) + sink(scale); }
+int one(struct pair *p) { return first_of(p, 3, 1) + 1; }
+int two(struct pair *p) { return first_of(p, 3, 2) + second_of(p, 7); }
+int three(struct pair *p) { return second_of(p, 7) * 2; }
+"#;
+
+const TEMPLATES: &str = r#"
+#include <vector>
+extern int sink(int);
+template <typename T> struct Box { T value; __attribute__((noinline)) T twice() const { return value + value; } };
+static int total(const std::vector<int> &list) { int sum = 0; for (int x : list) sum += x; return sum; }
+int use(int x) { Box<int> box{x}; return sink(box.twice()) + 1; }
+int sum(const std::vector<int> &list) { return total(list) + 1; }
+namespace { __attribute__((noinline)) int hidden(int x) { return sink(x) + 5; } }
+int visible(int x) { return hidden(x) * 2; }
+auto adder(int n) { return [n](int x) { return sink(x) + n; }; }
+int closure(int x) { return adder(3)(x); }
+"#;
+
 const CASES: &[Case] = &[
+    Case {
+        name: "a table that the compiler makes of a switch",
+        source: TABLE,
+        edits: &[("return 17", "return 18")],
+        changed: &["code"],
+        ..PLAIN
+    },
+    Case {
+        name: "one more case of such a table",
+        source: TABLE,
+        edits: &[("case 5: return 7;", "case 5: return 7; case 6: return 70; case 7: return 11;")],
+        changed: &["code"],
+        ..PLAIN
+    },
+    Case {
+        name: "a function that names itself",
+        source: TABLE,
+        edits: &[("x) + 1; }", "x) + 11; }")],
+        changed: &["named"],
+        ..PLAIN
+    },
+    Case {
+        name: "a function of which the compiler makes another for its arguments",
+        source: CLONES,
+        edits: &[("p->a * scale", "p->a * scale + 1")],
+        changed: &["first_of"],
+        ..PLAIN
+    },
+    Case {
+        name: "the other of them",
+        source: CLONES,
+        edits: &[("sink(p->b + scale)", "sink(p->b - scale)")],
+        changed: &["second_of"],
+        ..PLAIN
+    },
+    Case {
+        name: "who calls such a function",
+        source: CLONES,
+        edits: &[("return second_of(p, 7) * 2", "return second_of(p, 7) * 4")],
+        changed: &["three"],
+        ..PLAIN
+    },
+    Case {
+        name: "a function becomes part of its callers",
+        source: INLINED,
+        edits: &[
+            (
+                "static inline __attribute__((always_inline)) int helper(int x) { return sink(x + 1); }",
+                "static inline __attribute__((always_inline)) int helper(int x) { return sink(x + 1); }\nstatic inline __attribute__((always_inline)) int more(int x) { return sink(x) - 1; }",
+            ),
+            ("helper(x) * 3", "helper(x) * 3 + more(x)"),
+        ],
+        changed: &["two"],
+        ..PLAIN
+    },
+    Case {
+        name: "a static variable is not used any more",
+        source: STATICS,
+        edits: &[("static int counter; counter += 2; out(&counter); return counter;", "return 2;")],
+        changed: &["second"],
+        ..PLAIN
+    },
+    Case {
+        name: "two static variables of one name in one function",
+        source: STATICS,
+        edits: &[(
+            "{ static int counter; counter++;",
+            "{ { static int counter; out(&counter); } static int counter; counter++;",
+        )],
+        class: Class::DataLayout,
+        ..PLAIN
+    },
+    Case {
+        name: "a method of a template",
+        language: "c++",
+        source: TEMPLATES,
+        edits: &[("value + value", "value * 3")],
+        changed: &["_ZNK3BoxIiE5twiceEv"],
+        ..PLAIN
+    },
+    Case {
+        name: "a function without a name for others",
+        language: "c++",
+        source: TEMPLATES,
+        edits: &[("sink(x) + 5", "sink(x) + 6")],
+        changed: &["_ZN12_GLOBAL__N_16hiddenEi"],
+        ..PLAIN
+    },
     Case { name: "nothing changes", source: SWITCH, edits: &[], class: Class::NotApplicable, ..PLAIN },
     Case {
         name: "a comment changes",
@@ -333,7 +451,7 @@ pub(in crate::build) fn compile(
         (directory.join(if language == "c" { "unit.c" } else { "unit.cc" }), directory.join("unit.o"));
     std::fs::write(&input, source).expect("the source is written");
     let done = Command::new(compiler)
-        .args(["-O2", "-g", "-c", "-ffunction-sections", "-fdata-sections", "-fno-common"])
+        .args(["-O2", "-g", "-c", "-ffunction-sections", "-fdata-sections", "-fno-common", "-fmerge-constants", "-w"])
         .args(flags)
         .arg("-o")
         .arg(&output)
@@ -368,7 +486,9 @@ fn check(case: &Case, compiler: &str, flags: &[&str]) -> Result<(), String> {
     let old = Object::read("old.o", &build(case.source)).expect("an object");
     let new = Object::read("new.o", &build(&edited(case.source, case.edits))).expect("an object");
     let found = compare(&old, &new);
-    let changed: Vec<&str> = found.changed.iter().map(|changed| changed.old.as_str()).collect();
+    // Compilers make `f.isra.0`, `f.constprop.0` of `f`.
+    let root = |name: &str| name.split('.').next().unwrap_or(name).to_owned();
+    let changed: Vec<String> = found.changed.iter().map(|changed| root(&changed.old)).collect();
     let as_wanted = found.new_data.len() == case.new_data.len()
         && found.new_data.iter().zip(case.new_data).all(|(name, wanted)| match wanted.strip_suffix(".*") {
             // Compilers name static variables in different ways: calls.0, first.calls.
@@ -403,11 +523,20 @@ fn of_every_change_in_cxx_the_right_thing_is_said() {
     check_all("c++");
 }
 
+const FLAGS: [&[&str]; 6] = [
+    &["-fno-pic"],
+    &["-fPIE"],
+    &["-fPIC", "-fcf-protection"],
+    &["-O0", "-fPIE"],
+    &["-O3", "-fPIE", "-fstack-protector-strong"],
+    &["-Os", "-fno-pic"],
+];
+
 fn check_all(language: &str) {
     let mut wrong = Vec::new();
     for case in CASES.iter().filter(|case| case.language == language) {
         for compiler in compilers(case.language) {
-            for flags in [&["-fno-pic"][..], &["-fPIE"], &["-fPIC", "-fcf-protection"]] {
+            for flags in FLAGS {
                 wrong.extend(check(case, compiler, flags).err());
             }
         }

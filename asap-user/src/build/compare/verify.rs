@@ -3,7 +3,7 @@
 
 use super::{
     Finding,
-    correlate::{Correlation, base_name},
+    correlate::{Correlation, Numbered, base_name},
     include::Inclusion,
     mark::{Marks, function, is_named, uses},
     object::{Kind, Object, SymbolKind},
@@ -16,6 +16,7 @@ const HOOK: &str = "give the patch a hook that sets the running program's data r
 /// Says what stands in the way.
 pub fn verify(old: &Object, new: &Object, found: &Correlation, marks: &Marks, inclusion: &Inclusion) -> Vec<Finding> {
     let mut findings = Vec::new();
+    let numbered = Numbered::of(old, new);
     let mut find = |class, subject: &str, reason: String, way_out: &str| {
         let object = new.source.clone().unwrap_or_else(|| new.name.clone());
         findings.push(Finding { class, object, subject: subject.to_owned(), reason, way_out: way_out.to_owned() });
@@ -93,9 +94,17 @@ pub fn verify(old: &Object, new: &Object, found: &Correlation, marks: &Marks, in
             let reason = format!("{name} is a new thread-local variable, for which the running threads have no room");
             find(Class::DataLayout, name, reason, RESTART);
         }
+        if new.sections[at].kind == Kind::Variable && inclusion.new_data.iter().any(|data| data == name) {
+            let reason =
+                format!("the new variable {name} starts at its initial value, whatever the program did before");
+            find(Class::NewData, name, reason, "if code that sets it has run already, set it in a hook (asap-patch.h)");
+        }
         // Numbers of static variables change; if it is not certain which is which, it could be the wrong one.
         let base = base_name(name);
-        if matches!(new.sections[at].kind, Kind::Variable | Kind::ThreadLocal) && is_named(new, at) && base != name {
+        if matches!(new.sections[at].kind, Kind::Variable | Kind::ThreadLocal)
+            && is_named(new, at)
+            && numbered.has(name, false)
+        {
             let is_rival = |&other: &usize| {
                 new.sections[at].kind == old.sections[other].kind
                     && found.new_of(other).is_none()
