@@ -42,6 +42,8 @@ pub enum What {
     Cycles,
     /// The same repair by asap, Frida, gdb, and a restart; not part of everything: it installs Frida from PyPI.
     Peers,
+    /// Making a patch of Debian's nginx; not part of everything: it fetches sources, and builds for minutes.
+    Build,
 }
 
 const ALL: [What; 5] = [What::Pause, What::Calls, What::Apache, What::Large, What::Cycles];
@@ -66,6 +68,7 @@ pub fn run(what: Option<What>, as_json: bool, rounds: usize) -> Result<()> {
             What::Apache => apache(&asap, folder.path(), rounds)?,
             What::Large => large(&asap, folder.path(), rounds)?,
             What::Cycles => cycles(folder.path())?,
+            What::Build => crate::bench_build::run(&asap, folder.path(), rounds)?,
             What::Peers => peers::run(&asap, folder.path(), rounds)?,
         };
         if !as_json {

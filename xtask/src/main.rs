@@ -3,6 +3,7 @@
 mod agent;
 mod apache;
 mod bench;
+mod bench_build;
 mod command;
 mod demo;
 mod ebpf;

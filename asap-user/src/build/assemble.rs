@@ -181,7 +181,9 @@ pub fn assemble(all: &[Compared], twin: &Image, module: &Image, facts: &Facts) -
         verdict.functions.extend(part.comparison.changed.iter().map(of));
         verdict.added.extend(part.comparison.added.iter().cloned());
         verdict.new_data.extend(part.comparison.new_data.iter().cloned());
-        verdict.findings.extend(part.comparison.findings.iter().chain(&part.types).cloned());
+        verdict
+            .findings
+            .extend(part.comparison.findings.iter().chain(&part.types).filter(|f| concerns_others(f, module)).cloned());
         verdict.findings.extend(part.is_lto.then(|| made_at_link_time(&part.source)));
     }
     verdict.functions.sort_by(|a, b| (&a.name, &a.source).cmp(&(&b.name, &b.source)));
@@ -385,6 +387,12 @@ fn is_part(object: &Compared, names: &Names) -> bool {
         let is_same = |found: &Symbol| object.is_lto || found.size == symbol.size && (symbol.local || !symbol.weak);
         is_defined && is_function && names.find(&symbol.name, file).is_some_and(is_same)
     })
+}
+
+/// A function's signature is a matter of others where it is a library's; within a program, all callers change with it.
+fn concerns_others(finding: &Finding, module: &Image) -> bool {
+    let Some(function) = finding.subject.strip_prefix(types::FUNCTION) else { return true };
+    module.soname().is_some() && module.export(function).is_some()
 }
 
 fn made_at_link_time(source: &str) -> Finding {

@@ -228,7 +228,7 @@ pub fn build(project: &Project, targets: &[Target], step: &dyn Fn(&str)) -> Resu
     let diffs = parse(&project.diffs)?;
     let site = Site::new(project)?;
     // Whether the diff fits is said before an hour of building.
-    let changes = changes(&diffs, &site.tree)?;
+    let changes = changes(&diffs, site.tree)?;
     let pristine = match &project.again {
         Again::SameCommand => None,
         Again::AfterScript { .. } => Some(site.keep("pristine")?),
@@ -248,13 +248,13 @@ pub fn build(project: &Project, targets: &[Target], step: &dyn Fn(&str)) -> Resu
     let second = site.build_again(&changes, pristine)?;
     compiling += begin.elapsed();
     let mut differing = wrapper::differing(&first, second.clone());
-    differing.extend(overlooked(&first, &second, &changes, &site.tree));
+    differing.extend(overlooked(&first, &second, &changes, site.tree));
     step("compiling what changed for comparison");
     let jobs = jobs(&differing);
     let new = site.compile_again(&jobs, "new")?;
     site.put_back("before", "after")?;
     let old = site.compile_again(&jobs, "old")?;
-    let pairs = pairs(&jobs, old, new, &site.tree);
+    let pairs = pairs(&jobs, old, new, site.tree);
     let is_blind = pairs.iter().any(|pair| memchr::memmem::find(&pair.new, b".debug_info").is_none());
     Ok(Built { pairs, twins, compiling, is_blind })
 }

@@ -50,7 +50,13 @@ pub fn compare(source: &str, old: &[u8], new: &[u8]) -> Vec<Finding> {
     findings
 }
 
+/// What subjects of functions begin with.
+pub const FUNCTION: &str = "function ";
+
 fn difference(name: &str, before: &Layout, after: &Layout) -> Option<String> {
+    if let Some(function) = name.strip_prefix(FUNCTION) {
+        return Some(format!("{function} takes or returns something else, and code that stays calls it as before"));
+    }
     if name.starts_with("enum ") {
         // Constants that are new harm nobody.
         let changed = |(member, place): &&(String, Member)| {
@@ -136,6 +142,12 @@ fn read_unit(
             gimli::DW_TAG_union_type => "union",
             gimli::DW_TAG_enumeration_type => "enum",
             gimli::DW_TAG_typedef => "typedef",
+            gimli::DW_TAG_subprogram => {
+                if let Some((name, signature)) = signature(dwarf, unit, &entry)? {
+                    found.entry(name).or_insert(signature);
+                }
+                continue;
+            }
             gimli::DW_TAG_namespace => {
                 let mut tree = unit.entries_tree(Some(offset))?;
                 let mut children = tree.root()?.children();
@@ -169,6 +181,29 @@ fn read_unit(
         found.entry(format!("{word} {name}")).or_insert(layout);
     }
     Ok(())
+}
+
+/// How a function that others may call is called; in C++ its name tells its parameters.
+fn signature(
+    dwarf: &Dwarf<Slice<'_>>,
+    unit: &Unit<Slice<'_>>,
+    entry: &DebuggingInformationEntry<Slice<'_>>,
+) -> Result<Option<(String, Layout)>, gimli::Error> {
+    let has = |name| entry.attr_value(name).is_some();
+    let is_defined = has(gimli::DW_AT_low_pc) && has(gimli::DW_AT_external) && !has(gimli::DW_AT_linkage_name);
+    let Some(name) = name(dwarf, unit, entry).filter(|_| is_defined) else { return Ok(None) };
+    // Whether a number has a sign is no matter of who passes it.
+    let plain = |kind: String| Member { at: None, kind: kind.replace("an unsigned number", "a number") };
+    let mut layout = Layout { size: None, members: vec![("(result)".to_owned(), plain(kind(unit, entry, 0)?))] };
+    let mut tree = unit.entries_tree(Some(entry.offset()))?;
+    let mut children = tree.root()?.children();
+    while let Some(child) = children.next()? {
+        let child = child.entry();
+        if child.tag() == gimli::DW_TAG_formal_parameter {
+            layout.members.push((format!("(parameter {})", layout.members.len()), plain(kind(unit, child, 0)?)));
+        }
+    }
+    Ok(Some((format!("{FUNCTION}{name}"), layout)))
 }
 
 fn layout(dwarf: &Dwarf<Slice<'_>>, unit: &Unit<Slice<'_>>, offset: UnitOffset) -> Result<Layout, gimli::Error> {
@@ -301,8 +336,26 @@ mod tests {
     }
 
     #[test]
+    fn a_signature_that_changes_is_said() {
+        for edits in [
+            &[("use(item *i, enum mode m)", "use(item *i, enum mode m, int more)")][..],
+            &[("int use(item *i", "long use(item *i")],
+            &[("use(item *i, enum mode m)", "use(item *i, long m)")],
+        ] {
+            for reasons in found(edits, &[]) {
+                assert!(
+                    reasons.iter().any(|reason| reason.starts_with("use takes or returns")),
+                    "{edits:?}: {reasons:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
     fn what_changes_no_layout_is_not_said() {
         let more = [
+            ("int use(item *i, enum mode m)", "unsigned use(item *const i, enum mode how)"),
+            ("(m == ON)", "(how == ON)"),
             ("count +", "count * 2 +"),
             ("OFF, ON", "OFF, ON, AUTOMATIC"),
             ("struct inner *list", "struct other *list"),

@@ -79,7 +79,7 @@ enum Command {
     Attach(attach::Attach),
     Patch(patch::Patch),
     Check(check::Check),
-    Build(build::Build),
+    Build(Box<build::Build>),
     Status(status::Status),
     List(list::List),
     Revert(revert::Revert),

@@ -454,3 +454,23 @@ fn check_tells_class_contents_and_processes() {
     assert_eq!(found["class"].as_str(), Some("new-data"));
     assert!(answer.failure().message.contains("build-id"), "{answer:?}");
 }
+
+#[test]
+fn a_debian_package_that_is_not_there_is_said() {
+    let Some(lab) = Lab::new("a_debian_package_that_is_not_there_is_said") else { return };
+    let Some(project) = Project::new(&lab) else { return };
+    if Command::new("dpkg-query").arg("--version").output().is_err() {
+        println!("SKIPPED (needs dpkg)");
+        return;
+    }
+    let diff = project.diff("parts.c", &[("return 7", "return 8")]);
+    let work = lab.path("work");
+    let work = work.to_str().expect("ASCII");
+    let arguments = ["build", "--debian", "no-such-package", "--patch", &diff, "-o", &project.patch(), "--work", work];
+    let failure = lab.asap(&arguments).refusal(&["no package or source package no-such-package is installed"]);
+    assert!(failure.way_out.contains("--version") && failure.way_out.contains("--source"), "{failure:?}");
+    // Options of one kind of source do not go with the other.
+    let failure =
+        lab.asap(&["build", "--source", work, "--version", "1", "--patch", &diff, "-o", "x", "--", "make"]).failure();
+    assert_eq!(failure.kind, asap::report::FailureKind::Usage, "{failure:?}");
+}

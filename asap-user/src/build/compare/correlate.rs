@@ -47,16 +47,38 @@ impl Correlation {
 }
 
 /// The name without the numbers that compilers append: `counter.12` is `counter`, `f.isra.0` is `f.isra`, `f.part.0.cold`
-/// is `f.part.cold`.
+/// is `f.part.cold`; in C++ without those of lambdas (`UliE0_`) and of static variables that share a name (`_ZZ1fvE1n_0`).
 pub fn base_name(name: &str) -> String {
     let is_number = |part: &&str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
     let mut parts = name.split('.');
-    let mut base = parts.next().unwrap_or_default().to_owned();
+    let first = parts.next().unwrap_or_default();
+    let mut base = if first.starts_with("_Z") { without_discriminators(first) } else { first.to_owned() };
     for part in parts.filter(|part| !is_number(part)) {
         base.push('.');
         base.push_str(part);
     }
     base
+}
+
+/// A mangled name without the numbers by which entities of one scope are told apart (Itanium C++ ABI, "closure types",
+/// "scope encoding").
+fn without_discriminators(name: &str) -> String {
+    let digits = |text: &str| text.bytes().take_while(u8::is_ascii_digit).count();
+    let name = match name.rsplit_once('_') {
+        Some((rest, number)) if name.starts_with("_ZZ") && !number.is_empty() && digits(number) == number.len() => rest,
+        _ => name,
+    };
+    let Some(lambda) = name.find("Ul").or_else(|| name.find("Ut")) else { return name.to_owned() };
+    let (mut base, mut rest) = (name[..lambda].to_owned(), &name[lambda..]);
+    while let Some(at) = rest.find(['E', 't']) {
+        let length = digits(&rest[at + 1..]);
+        base.push_str(&rest[..=at]);
+        rest = &rest[at + 1..];
+        if rest[length..].starts_with('_') {
+            rest = &rest[length..];
+        }
+    }
+    base + rest
 }
 
 /// Whether it is the unlikely part of a function, split off by the compiler.
@@ -80,7 +102,7 @@ fn key(object: &Object, section: usize) -> Option<(String, bool)> {
 
 /// Names that compilers number: also the first of several, which may have none (clang: `f.counter`, `f.counter.1`).
 pub struct Numbered {
-    /// Base names of several variables or constants of one build.
+    /// Base names of several functions, variables or constants of one build.
     shared: HashSet<String>,
 }
 
@@ -91,9 +113,7 @@ impl Numbered {
         for object in [old, new] {
             let mut once = HashSet::new();
             for section in (0..object.sections.len()).filter(|&at| is_element(object.sections[at].kind)) {
-                let name =
-                    key(object, section).filter(|(_, local)| *local && object.sections[section].kind != Kind::Code);
-                if let Some(base) = name.map(|(name, _)| base_name(&name))
+                if let Some(base) = key(object, section).map(|(name, _)| base_name(&name))
                     && !once.insert(base.clone())
                 {
                     shared.insert(base);
@@ -104,9 +124,9 @@ impl Numbered {
     }
 
     /// Whether the name does not tell by itself what it is.
-    pub fn has(&self, name: &str, is_code: bool) -> bool {
+    pub fn has(&self, name: &str) -> bool {
         let base = base_name(name);
-        base != name || !is_code && self.shared.contains(&base)
+        base != name || self.shared.contains(&base)
     }
 }
 
@@ -126,11 +146,11 @@ pub fn correlate(old: &Object, new: &Object) -> Correlation {
 
 type Named = BTreeMap<(String, bool), Vec<usize>>;
 
-fn named(object: &Object, keep: impl Fn(&str, bool) -> bool) -> Named {
+fn named(object: &Object, keep: impl Fn(&str) -> bool) -> Named {
     let mut named = Named::new();
     for section in (0..object.sections.len()).filter(|&at| is_element(object.sections[at].kind)) {
         let is_code = object.sections[section].kind == Kind::Code;
-        if let Some((name, _)) = key(object, section).filter(|(name, _)| keep(name, is_code)) {
+        if let Some((name, _)) = key(object, section).filter(|(name, _)| keep(name)) {
             named.entry((name, is_code)).or_default().push(section);
         }
     }
@@ -139,7 +159,7 @@ fn named(object: &Object, keep: impl Fn(&str, bool) -> bool) -> Named {
 
 /// Same name, once in each.
 fn by_symbol(old: &Object, new: &Object, numbered: &Numbered, found: &mut Correlation) {
-    let certain = |name: &str, is_code| !numbered.has(name, is_code);
+    let certain = |name: &str| !numbered.has(name);
     let (olds, news) = (named(old, certain), named(new, certain));
     for (name, sections) in &olds {
         if let ([a], Some([b])) = (&sections[..], news.get(name).map(Vec::as_slice)) {
@@ -205,7 +225,7 @@ fn numbered_uses(object: &Object, section: usize, numbered: &Numbered) -> HashMa
             continue;
         }
         let is_code = object.sections[target].kind == Kind::Code;
-        let Some((name, _)) = key(object, target).filter(|(name, _)| numbered.has(name, is_code)) else { continue };
+        let Some((name, _)) = key(object, target).filter(|(name, _)| numbered.has(name)) else { continue };
         let list = uses.entry((base_name(&name), is_code)).or_default();
         if !list.contains(&target) {
             list.push(target);
@@ -216,7 +236,7 @@ fn numbered_uses(object: &Object, section: usize, numbered: &Numbered) -> HashMa
 
 fn grouped(object: &Object, numbered: &Numbered, free: impl Fn(usize) -> bool) -> Named {
     let mut groups = Named::new();
-    for (name, sections) in named(object, |name, is_code| numbered.has(name, is_code)) {
+    for (name, sections) in named(object, |name| numbered.has(name)) {
         let group = groups.entry((base_name(&name.0), name.1)).or_default();
         group.extend(sections.into_iter().filter(|&at| free(at)));
     }

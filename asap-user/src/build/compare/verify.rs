@@ -103,7 +103,7 @@ pub fn verify(old: &Object, new: &Object, found: &Correlation, marks: &Marks, in
         let base = base_name(name);
         if matches!(new.sections[at].kind, Kind::Variable | Kind::ThreadLocal)
             && is_named(new, at)
-            && numbered.has(name, false)
+            && numbered.has(name)
         {
             let is_rival = |&other: &usize| {
                 new.sections[at].kind == old.sections[other].kind

@@ -200,11 +200,14 @@ pub struct Origin {
 /// It is not installed, not to be had, or not of one version.
 pub fn find(wanted: &Wanted, step: &dyn Fn(&str)) -> Result<Origin, DebianError> {
     let installed = installed()?;
-    let apt = Apt::new(&wanted.cache, &wanted.log)?;
     let here = choose(&installed, &wanted.package)?;
+    let apt = Apt::new(&wanted.cache, &wanted.log)?;
     let is_here = |version: &String| {
         here.as_ref().is_some_and(|here| *version == here.version || *version == here.source_version)
     };
+    if here.is_none() && wanted.version.is_none() {
+        return Err(DebianError::NotInstalled(wanted.package.clone()));
+    }
     let is_installed = wanted.version.as_ref().map_or(here.is_some(), is_here);
     if !is_installed || wanted.dsc.is_none() {
         step("asking Debian's servers what there is");
