@@ -50,6 +50,8 @@ static const char *setting(const char *name) {
 // What a guard stopped: which trap, and the registers.
 struct trap { u64 native, image, reason, operand_kind, operand_base, operand_index, operand_scale, operand_displacement; };
 static struct trap *traps;
+// Where copies of return addresses lie: a displacement, and whether it is folded.
+static u64 displacement, is_folded;
 static u64 stopped;
 static char log_path[256];
 
@@ -61,6 +63,10 @@ static char *hex(char *out, u64 value) {
     return out;
 }
 __attribute__((used)) static void on_trap(struct registers *registers) {
+    // No copy: the call was made before the program was translated.
+    u64 slot = (u64)(registers + 1) + 0x90 + displacement;
+    if (is_folded) slot = 1ul << 45 | (slot & ((1ul << 45) - 1));
+    if (traps[registers->index].reason == 0 && *(u64 *)slot == 0) return;
     if (__atomic_fetch_add(&stopped, 1, __ATOMIC_RELAXED) > 1000) return;
     struct trap *trap = &traps[registers->index];
     u64 stack = (u64)(registers + 1) + 0x90;
@@ -148,7 +154,7 @@ static void perform(char *at) {
         case 3: check(call6(MPROTECT, o[1], o[2], o[3], 0, 0, 0), "mprotect"); at += 32; break;
         case 4: check(call6(MREMAP, o[1], o[3], o[3], 3, o[2], 0), "mremap"); at += 32; break;
         case 5: asm volatile("wrgsbase %0" : : "r"(o[1])); at += 16; break; // arch_prctl(2) refuses negative ones.
-        case 6: traps = (struct trap *)o[1]; at += 16; break;
+        case 6: traps = (struct trap *)o[1]; displacement = o[2]; is_folded = o[3]; at += 32; break;
         case 7: for (u64 i = 0; i < o[2]; i++) ((unsigned char *)o[1])[((u32 *)(at + 24))[i]] = 1; at += 24 + ((o[2] * 4 + 7) & ~7ul); break;
         default: fail("unknown operation");
         }

@@ -372,7 +372,8 @@ impl Operations {
     /// What is there once for a process.
     fn tables(&mut self, guards: Guards) {
         self.map(TRAPS_AT, 1 << 30);
-        self.words(&[6, TRAPS_AT]);
+        let is_folded = guards.shadow == Some(ShadowForm::Folded);
+        self.words(&[6, TRAPS_AT, displacement(guards).cast_unsigned(), u64::from(is_folded)]);
         self.map(TARGETS_AT, TargetTable::SIZE);
         self.map(SYSCALLS_AT, 1 << 16);
         match guards.shadow {
