@@ -5,7 +5,7 @@ use crate::{
     apache::Apache,
     command, demo,
     owned::{Folder, Owned},
-    peers, setup,
+    peers, sandbox_bench, setup,
     workers::{self, Workers},
 };
 use anyhow::{Context, Result, bail, ensure};
@@ -44,6 +44,8 @@ pub enum What {
     Peers,
     /// Making a patch of Debian's nginx; not part of everything: it fetches sources, and builds for minutes.
     Build,
+    /// Cost of the sandbox: servers and programs, natively and inside; not part of everything.
+    Sandbox,
 }
 
 const ALL: [What; 5] = [What::Pause, What::Calls, What::Apache, What::Large, What::Cycles];
@@ -70,6 +72,7 @@ pub fn run(what: Option<What>, as_json: bool, rounds: usize) -> Result<()> {
             What::Cycles => cycles(folder.path())?,
             What::Build => crate::bench_build::run(&asap, folder.path(), rounds)?,
             What::Peers => peers::run(&asap, folder.path(), rounds)?,
+            What::Sandbox => sandbox_bench::run(&asap, folder.path(), rounds)?,
         };
         if !as_json {
             println!("{text}");

@@ -12,6 +12,7 @@ mod load;
 mod owned;
 mod peers;
 mod programs;
+mod sandbox_bench;
 mod snapshot;
 mod soak;
 mod study;

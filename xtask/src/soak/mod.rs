@@ -1,7 +1,7 @@
 //! `cargo xtask soak`: Debian's Apache, nginx and Redis serve their loads while patches go in and out of them at random, agents
 //! are killed and follow each other, and Apache's children are replaced. Nothing may fail, and nothing may grow.
 
-mod nginx;
+pub mod nginx;
 mod plot;
 mod redis;
 mod sandbox;
