@@ -51,7 +51,7 @@ attacks! {
     a_return_address_that_was_overwritten: "attacks/return_address.c", against &["shadow-stack"];
     return_oriented_programming: "attacks/rop.c", against &["shadow-stack"];
     // Not stopped yet: where nothing was copied, as on a stack that the program has just made, any return counts as right.
-    a_stack_that_was_exchanged: "attacks/pivot.c", against &[];
+    a_stack_that_was_exchanged: "attacks/pivot.c", against &["shadow-stack"];
     a_function_pointer_that_was_overwritten: "attacks/function_pointer.c", against &["cfi"];
     a_virtual_table_that_was_overwritten: "attacks/vtable.cc", against &["cfi"];
     shellcode_on_the_stack: "attacks/shellcode_stack.c", against &["nx"];
