@@ -68,6 +68,11 @@ fn without_discriminators(name: &str) -> String {
         Some((rest, number)) if name.starts_with("_ZZ") && !number.is_empty() && digits(number) == number.len() => rest,
         _ => name,
     };
+    // clang counts lambdas through the whole source: `3$_0`, `4$_10`.
+    if let Some((before, after)) = name.split_once("$_") {
+        let before = before.trim_end_matches(|c: char| c.is_ascii_digit());
+        return format!("{before}$_{}", without_discriminators(&after[digits(after)..]));
+    }
     let Some(lambda) = name.find("Ul").or_else(|| name.find("Ut")) else { return name.to_owned() };
     let (mut base, mut rest) = (name[..lambda].to_owned(), &name[lambda..]);
     while let Some(at) = rest.find(['E', 't']) {
