@@ -18,7 +18,7 @@ pub fn check(pid: i32) -> Result<ProcessInfo, Failure> {
         _ => Failure::refused(format!("process {pid} can't be looked at: {error}"), "run asap as root"),
     })?;
     let name = &info.name;
-    if let Some(process) = thread_group(pid)
+    if let Some(process) = info::thread_group(pid)
         && process != pid
     {
         return Err(Failure::refused(
@@ -79,9 +79,4 @@ pub fn check(pid: i32) -> Result<ProcessInfo, Failure> {
         ));
     }
     Ok(info)
-}
-
-fn thread_group(pid: i32) -> Option<i32> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    status.lines().find_map(|line| line.strip_prefix("Tgid:"))?.trim().parse().ok()
 }

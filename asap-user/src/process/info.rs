@@ -38,7 +38,8 @@ impl ProcessInfo {
         Ok(info)
     }
 
-    fn parse(status: &str, stat: &str) -> Self {
+    /// From the texts of `status` and `stat`.
+    pub(crate) fn parse(status: &str, stat: &str) -> Self {
         let field = |name: &str| {
             status
                 .lines()
@@ -95,10 +96,15 @@ pub fn threads(pid: i32) -> io::Result<Vec<i32>> {
 pub fn living_thread(pid: i32) -> Option<i32> {
     let lives = |tid: &i32| {
         let stat = fs::read(format!("/proc/{tid}/stat")).unwrap_or_default();
-        let after_name = stat.iter().rposition(|&byte| byte == b')').map_or(&[][..], |at| &stat[at..]);
-        after_name.get(2).is_some_and(|state| !matches!(state, b'Z' | b'X'))
+        state_of(&stat).is_some_and(|state| !matches!(state, b'Z' | b'X'))
     };
     if lives(&pid) { Some(pid) } else { threads(pid).ok()?.into_iter().find(lives) }
+}
+
+/// The letter that a file `stat` gives for the state: behind the last parenthesis, as the name may hold any.
+pub(crate) fn state_of(stat: &[u8]) -> Option<u8> {
+    let name_end = stat.iter().rposition(|&byte| byte == b')')?;
+    stat.get(name_end + 2).copied()
 }
 
 /// How many threads `pid` has, at a fraction of the cost of a list: the links of the folder of threads (fs/proc/base.c,
@@ -169,7 +175,8 @@ impl Signals {
         Self::parse(&String::from_utf8_lossy(&status))
     }
 
-    fn parse(status: &str) -> Self {
+    /// From the text of `status`.
+    pub(crate) fn parse(status: &str) -> Self {
         let mask = |name: &str| {
             let text = status.lines().find_map(|line| line.strip_prefix(name));
             text.and_then(|text| u64::from_str_radix(text.trim(), 16).ok()).unwrap_or(0)
@@ -187,16 +194,33 @@ impl Signals {
     /// Whether there is a handler for `signal`.
     #[must_use]
     pub fn catches(self, signal: i32) -> bool {
-        u32::try_from(signal - 1).is_ok_and(|bit| bit < 64 && self.caught >> bit & 1 == 1)
+        let bit = signal.checked_sub(1).and_then(|bit| u32::try_from(bit).ok());
+        bit.is_some_and(|bit| bit < 64 && self.caught >> bit & 1 == 1)
     }
 }
 
 /// The number of a process in its innermost pid namespace (proc_pid_status(5), NSpid).
 #[must_use]
 pub fn number_in_its_namespace(pid: i32) -> Option<i32> {
-    let status = String::from_utf8_lossy(&fs::read(format!("/proc/{pid}/status")).ok()?).into_owned();
+    parse_innermost_number(&String::from_utf8_lossy(&fs::read(format!("/proc/{pid}/status")).ok()?))
+}
+
+/// The same, from the text of `status`.
+pub(crate) fn parse_innermost_number(status: &str) -> Option<i32> {
     let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
     numbers.split_ascii_whitespace().last()?.parse().ok()
+}
+
+/// The process that `tid` is a thread of.
+#[must_use]
+pub fn thread_group(tid: i32) -> Option<i32> {
+    // A name need not be UTF-8.
+    parse_thread_group(&String::from_utf8_lossy(&fs::read(format!("/proc/{tid}/status")).ok()?))
+}
+
+/// The same, from the text of `status`.
+pub(crate) fn parse_thread_group(status: &str) -> Option<i32> {
+    status.lines().find_map(|line| line.strip_prefix("Tgid:"))?.trim().parse().ok()
 }
 
 #[cfg(test)]

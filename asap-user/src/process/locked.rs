@@ -23,7 +23,9 @@ impl Lock {
     /// of ours has its place, its neighbours tell.
     #[must_use]
     pub fn of(tid: i32, page: TargetAddr) -> Option<Self> {
-        let status = fs::read_to_string(format!("/proc/{tid}/status")).ok()?;
+        // A name need not be UTF-8.
+        let status = fs::read(format!("/proc/{tid}/status")).ok()?;
+        let status = String::from_utf8_lossy(&status);
         let locked = status.lines().find_map(|line| line.strip_prefix("VmLck:"))?;
         // Most processes lock nothing, and smaps is dear.
         if locked.trim().starts_with("0 ") {
@@ -33,7 +35,8 @@ impl Lock {
         Self::parse(&String::from_utf8_lossy(&smaps), page)
     }
 
-    fn parse(smaps: &str, page: TargetAddr) -> Option<Self> {
+    /// The same, from the text of `smaps`.
+    pub(crate) fn parse(smaps: &str, page: TargetAddr) -> Option<Self> {
         let neighbours = [page, page.offset(-1), page.offset(PAGE_SIZE as i64)];
         let mut found = [None; 3];
         let mut here = [false; 3];

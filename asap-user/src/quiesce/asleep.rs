@@ -1,11 +1,13 @@
 //! What `/proc` tells of a thread that sleeps in the kernel: its stack and instruction pointer, and a number that changes
 //! whenever it runs. Not for threads that run: their registers are known to nobody.
 
+use crate::process::info::state_of;
 use nix::{
     fcntl::{OFlag, openat},
     sys::stat::Mode,
 };
 use std::{
+    borrow::Cow,
     collections::{HashMap, hash_map::Entry},
     fmt::Write,
     fs::File,
@@ -22,7 +24,7 @@ pub(super) struct TaskFolder {
 
 /// As long as a thread's epoch is the same, it has not run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Epoch {
+pub(crate) enum Epoch {
     /// From `schedstat`: nanoseconds on a processor, and how many times it got one. The second grows when a thread is given a
     /// processor (kernel/sched/stats.h, sched_info_arrive), so this holds by itself.
     Ran([u64; 2]),
@@ -49,17 +51,21 @@ impl TaskFolder {
     }
 
     /// What a file of `/proc` says now; it may be read again and again.
-    fn text(&mut self, file: &File) -> Option<&str> {
+    fn bytes(&mut self, file: &File) -> Option<&[u8]> {
         let length = file.read_at(&mut self.buffer, 0).ok()?;
-        std::str::from_utf8(&self.buffer[..length]).ok()
+        self.buffer.get(..length)
+    }
+
+    /// The same as text. Names of threads may hold any byte.
+    fn text(&mut self, file: &File) -> Option<Cow<'_, str>> {
+        self.bytes(file).map(String::from_utf8_lossy)
     }
 
     /// Whether the thread has ended and is only kept for its parent.
     pub(super) fn is_dead(&mut self, tid: i32) -> bool {
         let Some(file) = self.file(tid, "stat") else { return true };
-        // The name in parentheses may hold anything (proc_pid_stat(5)).
-        let state = self.text(&file).and_then(|text| text.rsplit_once(')')?.1.trim_start().chars().next());
-        matches!(state, None | Some('Z' | 'X'))
+        // One that vanished can't be read any more; of a text that makes no sense nothing is concluded.
+        self.bytes(&file).is_none_or(|stat| matches!(state_of(stat), Some(b'Z' | b'X')))
     }
 
     /// Opens what tells whether `tid` has run.
@@ -78,14 +84,14 @@ impl TaskFolder {
         let kind = clock.kind;
         let text = self.text(&clock.file)?;
         match kind {
-            ClockKind::Ran => parse_schedstat(text),
-            ClockKind::Switched => parse_status(text),
+            ClockKind::Ran => parse_schedstat(&text),
+            ClockKind::Switched => parse_status(&text),
         }
     }
 
     /// Instruction and stack pointer of a thread that sleeps, from its file `syscall`.
     pub(super) fn sleeping_at(&mut self, syscall: &File) -> Option<(u64, u64)> {
-        parse_syscall(self.text(syscall)?)
+        parse_syscall(&self.text(syscall)?)
     }
 }
 
@@ -157,6 +163,12 @@ fn parse_syscall(text: &str) -> Option<(u64, u64)> {
     (ip != 0 && sp != 0).then_some((ip, sp))
 }
 
+/// Tries everything that is parsed here on one text.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn parse_thread_files(text: &str) -> (Option<Epoch>, Option<Epoch>, Option<(u64, u64)>) {
+    (parse_schedstat(text), parse_status(text), parse_syscall(text))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -178,6 +190,28 @@ mod tests {
         assert_eq!(parse_schedstat("1 2\n"), None);
         let status = "Name:\tx\nvoluntary_ctxt_switches:\t12\nnonvoluntary_ctxt_switches:\t3\n";
         assert_eq!(parse_status(status), Some(Epoch::Switched([12, 3])));
+    }
+
+    #[test]
+    fn a_thread_whose_name_is_no_text_is_not_taken_for_dead() {
+        let (tell, told) = std::sync::mpsc::channel();
+        let (wake, woken) = std::sync::mpsc::channel::<()>();
+        let thread = std::thread::spawn(move || {
+            // Cut in the middle of a character, as long names are.
+            // SAFETY: the name ends with NUL.
+            unsafe { libc::prctl(libc::PR_SET_NAME, b"f\xc3\xbcr ) Z \xc3\0".as_ptr()) };
+            // SAFETY: no memory is involved.
+            tell.send(unsafe { libc::gettid() }).expect("the test listens");
+            let _ = woken.recv();
+        });
+        let tid = told.recv().expect("the thread tells");
+        let mut folder =
+            TaskFolder::open(i32::try_from(std::process::id()).expect("pids fit i32")).expect("own threads");
+        assert!(!folder.is_dead(tid));
+        let status = Clock { file: folder.file(tid, "status").expect("alive"), kind: ClockKind::Switched };
+        assert!(folder.epoch(&status).is_some());
+        drop(wake);
+        thread.join().expect("it ends");
     }
 
     #[test]
