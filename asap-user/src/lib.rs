@@ -11,6 +11,8 @@ pub mod cli;
 pub mod dbt;
 pub mod engine;
 pub mod fault;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod hex;
 pub mod image;
 pub mod kernel;

@@ -39,6 +39,16 @@ pub fn hear_signals(command: &mut Command) {
     }
 }
 
+/// A command of the nightly tool chain. What the surrounding cargo has set would lead back to the stable one.
+pub fn nightly(program: &str) -> Command {
+    let mut command = Command::new(program);
+    command.arg("+nightly");
+    for name in ["RUSTUP_TOOLCHAIN", "CARGO", "RUSTC", "RUSTDOC", "RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS"] {
+        command.env_remove(name);
+    }
+    command
+}
+
 /// Builds `asap` and gives its path.
 pub fn build_asap(release: bool, features: &[&str]) -> Result<PathBuf> {
     let mut build = cargo();

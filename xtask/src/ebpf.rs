@@ -80,16 +80,6 @@ fn interface(data: &[u8]) -> Result<BTreeMap<String, String>> {
     Ok(found)
 }
 
-/// A command of the nightly tool chain. What the surrounding cargo has set would lead back to the stable one.
-fn nightly(program: &str) -> Command {
-    let mut command = Command::new(program);
-    command.arg("+nightly");
-    for name in ["RUSTUP_TOOLCHAIN", "CARGO", "RUSTC", "RUSTDOC", "RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS"] {
-        command.env_remove(name);
-    }
-    command
-}
-
 fn output(command: &mut Command, purpose: &str) -> Result<String> {
     let output = command.output().with_context(|| format!("{purpose}: can't run {:?}", command.get_program()))?;
     ensure!(output.status.success(), "{purpose}: {}", String::from_utf8_lossy(&output.stderr).trim());
@@ -98,7 +88,7 @@ fn output(command: &mut Command, purpose: &str) -> Result<String> {
 
 fn compiler() -> Result<String> {
     let version = output(
-        nightly("rustc").arg("--version"),
+        command::nightly("rustc").arg("--version"),
         "the eBPF programs need a nightly tool chain (rustup toolchain install nightly)",
     )?;
     let sysroot = PathBuf::from(sysroot()?);
@@ -110,7 +100,7 @@ fn compiler() -> Result<String> {
 }
 
 fn sysroot() -> Result<String> {
-    output(nightly("rustc").args(["--print", "sysroot"]), "asking for the sysroot")
+    output(command::nightly("rustc").args(["--print", "sysroot"]), "asking for the sysroot")
 }
 
 fn target_directory(root: &Path) -> PathBuf {
@@ -132,7 +122,7 @@ fn linker(target: &Path) -> Result<Option<PathBuf>> {
     let folder = tools.join("bin");
     if answers(&folder.join(name)).is_none() {
         println!("ebpf: building {name} {version} (some minutes, once)");
-        let mut install = nightly("cargo");
+        let mut install = command::nightly("cargo");
         install.args(["install", name, "--version", version, "--no-default-features", "--features", feature]);
         install.arg("--root").arg(&tools).arg("--target-dir").arg(tools.join("build"));
         command::run(&mut install)?;
@@ -163,7 +153,7 @@ fn build(root: &Path) -> Result<Vec<u8>> {
     for registry in fs::read_dir(cargo_home.join("registry/src")).into_iter().flatten().flatten() {
         flags.push(remap(&registry.path(), "crates"));
     }
-    let mut cargo = nightly("cargo");
+    let mut cargo = command::nightly("cargo");
     cargo.current_dir(root.join("asap-ebpf"));
     cargo.args(["build", "--quiet", "--release", "--locked", "--target", "bpfel-unknown-none", "-Zbuild-std=core"]);
     cargo.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f")).env("CARGO_TARGET_DIR", &target);

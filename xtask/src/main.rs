@@ -7,6 +7,7 @@ mod bench_build;
 mod command;
 mod demo;
 mod ebpf;
+mod fuzz;
 mod http;
 mod load;
 mod owned;
@@ -51,6 +52,8 @@ enum Task {
         #[arg(long)]
         check: bool,
     },
+    /// Try hostile input on every parser, with libFuzzer (nightly tool chain, cargo-fuzz).
+    Fuzz(fuzz::Options),
     /// Measure.
     Bench {
         /// What to measure; everything if left out.
@@ -78,6 +81,7 @@ fn main() -> ExitCode {
         Task::VmTest(options) => vm_test::run(&options),
         Task::Demo(options) => demo::run(options),
         Task::Ebpf { check } => ebpf::run(check),
+        Task::Fuzz(options) => fuzz::run(&options),
         Task::Bench { what, json, rounds } => bench::run(what, json, rounds),
         Task::Programs(options) => programs::run(&options),
         Task::Soak(options) => soak::run(&options),

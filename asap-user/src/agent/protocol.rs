@@ -1,5 +1,7 @@
-//! One request or reply per line of JSON, each line bounded. Reading only; what a line means is decided by the session.
+//! One request or reply per line of JSON, each line bounded, and what a request may be like. Reading only; what becomes of a
+//! request is decided by the session.
 
+use crate::report::Request;
 use std::{io, time::Duration};
 use tokio::{
     io::{AsyncBufRead, AsyncBufReadExt},
@@ -14,6 +16,11 @@ pub const MAX_LINE: usize = 96 << 20;
 pub const LARGE_LINE: usize = 1 << 20;
 /// How long a client may be silent, between its requests or in the middle of one.
 pub const LINE_PATIENCE: Duration = Duration::from_secs(20);
+
+/// Most functions in one request.
+const MAX_FUNCTIONS: usize = 4096;
+/// Longest name of anything; C++ names are long.
+const MAX_NAME: usize = 16 << 10;
 
 /// What came of reading a line.
 #[derive(Debug, PartialEq, Eq)]
@@ -59,6 +66,41 @@ pub async fn read_line(
         if end.is_some() {
             return Ok(Line::Complete(line));
         }
+    }
+}
+
+/// The request in a line.
+///
+/// # Errors
+/// It is none, or asks for too much; the words are for who sent it.
+pub fn request(line: &[u8]) -> Result<Request, String> {
+    let request = serde_json::from_slice::<Request>(line).map_err(|error| {
+        let version = env!("CARGO_PKG_VERSION");
+        format!("the agent (version {version}) can't read the request: {error}")
+    })?;
+    check(&request).map(|()| request)
+}
+
+/// Sizes and numbers that can be refused without knowing any target.
+fn check(request: &Request) -> Result<(), String> {
+    let name_fits = |name: &str| {
+        if name.len() <= MAX_NAME { Ok(()) } else { Err(format!("a name of {} bytes is too long", name.len())) }
+    };
+    match request {
+        Request::Patch(request) => {
+            let total: usize = request.files.iter().map(|file| file.bytes.len()).sum();
+            if total > MAX_OBJECTS {
+                return Err(format!("the object files have {total} bytes, more than {MAX_OBJECTS}"));
+            }
+            if request.functions.len() > MAX_FUNCTIONS {
+                return Err(format!("{} functions in one patch, more than {MAX_FUNCTIONS}", request.functions.len()));
+            }
+            request.name.as_deref().map_or(Ok(()), name_fits)?;
+            request.files.iter().try_for_each(|file| name_fits(&file.name))?;
+            request.functions.iter().try_for_each(|function| name_fits(function))
+        }
+        Request::Revert(request) => request.patch.as_deref().map_or(Ok(()), name_fits),
+        _ => Ok(()),
     }
 }
 

@@ -4,7 +4,7 @@
 use super::{
     audit::Client,
     engine_thread::{EngineQueue, Job},
-    protocol::{LARGE_LINE, LINE_PATIENCE, Line, MAX_LINE, MAX_OBJECTS, read_line},
+    protocol::{self, LARGE_LINE, LINE_PATIENCE, Line, MAX_LINE, read_line},
 };
 use crate::{
     cancel::Cancel,
@@ -27,10 +27,6 @@ const WRITE_PATIENCE: Duration = Duration::from_secs(20);
 const STEPS: usize = 16;
 /// How long who asks for the status waits for the engine before the last one is told.
 const TURN: Duration = Duration::from_millis(250);
-/// Most functions in one request.
-const MAX_FUNCTIONS: usize = 4096;
-/// Longest name of anything; C++ names are long.
-const MAX_NAME: usize = 16 << 10;
 
 /// What all sessions share.
 #[derive(Clone)]
@@ -80,18 +76,12 @@ impl Session {
                     return self.refuse(format!("the request is longer than {limit} MiB")).await;
                 }
             };
-            let parsed = serde_json::from_slice::<Request>(&text);
+            let parsed = protocol::request(&text);
             drop(text);
             let request = match parsed {
                 Ok(request) => request,
-                Err(error) => {
-                    let version = env!("CARGO_PKG_VERSION");
-                    return self.refuse(format!("the agent (version {version}) can't read the request: {error}")).await;
-                }
+                Err(why) => return self.refuse(why).await,
             };
-            if let Err(why) = check(&request) {
-                return self.refuse(why).await;
-            }
             let stops = matches!(request, Request::Shutdown);
             self.pass_on(request).await?;
             drop(permit);
@@ -187,27 +177,4 @@ impl Drop for Unwanted {
 
 fn ending() -> Failure {
     Failure::refused("the agent is ending", "try again: `asap attach --pid N` starts a new agent")
-}
-
-/// Sizes and numbers that can be refused without knowing any target.
-fn check(request: &Request) -> Result<(), String> {
-    let name_fits = |name: &str| {
-        if name.len() <= MAX_NAME { Ok(()) } else { Err(format!("a name of {} bytes is too long", name.len())) }
-    };
-    match request {
-        Request::Patch(request) => {
-            let total: usize = request.files.iter().map(|file| file.bytes.len()).sum();
-            if total > MAX_OBJECTS {
-                return Err(format!("the object files have {total} bytes, more than {MAX_OBJECTS}"));
-            }
-            if request.functions.len() > MAX_FUNCTIONS {
-                return Err(format!("{} functions in one patch, more than {MAX_FUNCTIONS}", request.functions.len()));
-            }
-            request.name.as_deref().map_or(Ok(()), name_fits)?;
-            request.files.iter().try_for_each(|file| name_fits(&file.name))?;
-            request.functions.iter().try_for_each(|function| name_fits(function))
-        }
-        Request::Revert(request) => request.patch.as_deref().map_or(Ok(()), name_fits),
-        _ => Ok(()),
-    }
 }

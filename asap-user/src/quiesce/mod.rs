@@ -3,6 +3,8 @@
 
 mod asleep;
 pub use asleep::OpenThreads;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use asleep::parse_thread_files;
 pub mod observe;
 mod signal_frame;
 pub mod snapshot;

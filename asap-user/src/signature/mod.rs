@@ -245,7 +245,8 @@ fn parse_key(text: &str, kind: &str) -> Result<([u8; 32], String), &'static str>
     }
     let bytes = words.next().and_then(|word| STANDARD.decode(word).ok()).and_then(|bytes| bytes.try_into().ok());
     let bytes = bytes.ok_or("its second word is not 32 bytes as base64")?;
-    let comment = words.next().unwrap_or_default();
+    // As it is written: blanks at the end of a line are nothing.
+    let comment = words.next().unwrap_or_default().trim_end();
     check_comment(comment).map_err(|_| "its comment is too long or not printable")?;
     Ok((bytes, comment.to_owned()))
 }

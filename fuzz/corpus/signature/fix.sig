@@ -1,0 +1,3 @@
+asap-signature 1
+key 3f4b6073cf326e35
+ed25519 6MCrOcjN0yFhgl5CZ/8uSbc1gzVD0agIb3htvHaO0lsn2r9rbusU5aDCXsBK+s0jsgc4qgCVxqEmbP3pxWloCw==
