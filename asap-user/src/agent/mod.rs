@@ -8,6 +8,7 @@
 
 pub mod audit;
 mod bell;
+pub mod confine;
 mod engine_thread;
 mod error;
 pub mod journal;

@@ -9,6 +9,7 @@ use crate::{
     agent::{
         AgentError, DEFAULT_IDLE_EXIT, OperationsFactory,
         audit::AuditLog,
+        confine::confine,
         journal::DEFAULT_JOURNAL,
         launch::{self, Detached},
         run,
@@ -63,9 +64,12 @@ impl Agent {
         }
         let _ = nix::sys::prctl::set_name(c"asap-agent");
         start_messages(self.verbose);
-        let outcome = run(&options, factory, || match herald.take() {
-            Some(herald) => herald.ready(),
-            None => launch::notify_service_manager(),
+        // Before the watchdog and the threads are made, so that they are confined, too.
+        let outcome = confine().map_err(AgentError::Setup).and_then(|()| {
+            run(&options, factory, || match herald.take() {
+                Some(herald) => herald.ready(),
+                None => launch::notify_service_manager(),
+            })
         });
         let outcome = outcome.map_err(|error| error.to_failure());
         if let (Err(failure), Some(herald)) = (&outcome, herald) {

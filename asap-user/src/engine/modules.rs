@@ -5,6 +5,7 @@ use crate::{
     address::{LoadBias, TargetAddr},
     image::{Image, ImageBytes, Symbol},
     process::{
+        files,
         info::living_thread,
         maps::{Mapping, Maps},
         memory::Memory,
@@ -14,6 +15,7 @@ use std::{
     collections::{HashMap, HashSet},
     fs,
     ops::Range,
+    path::Path,
     sync::Arc,
 };
 
@@ -42,6 +44,9 @@ impl Module {
     }
 }
 
+/// Our own root, by the number that `/proc/N` takes for any.
+const OURSELVES: &str = "self";
+
 /// Identity of a file as it is mapped.
 type FileKey = (String, u64);
 
@@ -51,18 +56,34 @@ pub struct ImageCache {
     images: HashMap<FileKey, Arc<Image>>,
     /// Paths of modules for which there is no debug file, or whose debug file has been added.
     without_debug: HashSet<String>,
+    /// How much of [`ROOM`] is taken.
+    read: u64,
 }
 
 /// Largest vdso that is read from memory, bytes.
 const VDSO_MOST: u64 = 64 * 1024;
 /// Files up to this size are read; larger ones are mapped.
 const READ_MOST: u64 = 16 << 20;
+/// Most bytes that are read of larger files, in all, until the images are forgotten: those that others than root can change are
+/// never mapped, and a target must not decide how much memory the agent takes.
+const ROOM: u64 = 1 << 30;
 
 impl ImageCache {
     /// Forgets all images: an agent at rest keeps none.
     pub fn clear(&mut self) {
         self.images.clear();
         self.without_debug.clear();
+        self.read = 0;
+    }
+
+    /// What is in a file, if there is room for it.
+    fn content(&mut self, file: &fs::File) -> Option<ImageBytes> {
+        let mut room = ROOM.saturating_sub(self.read);
+        let length = file.metadata().ok()?.len();
+        let bytes =
+            if length <= READ_MOST { ImageBytes::read(file, &mut room) } else { ImageBytes::map(file, &mut room) };
+        self.read = ROOM - room;
+        bytes.ok()
     }
 
     /// The image behind an executable mapping; `None` for what is no ELF image of ours to understand.
@@ -76,15 +97,8 @@ impl ImageCache {
             return Some(Arc::clone(image));
         }
         // By the mapping, not by name: the name may lead to another file by now, or be another namespace's.
-        let file = fs::File::open(mapping.map_file(living_thread(pid)?)).ok()?;
-        let length = file.metadata().ok()?.len();
-        let bytes = if length <= READ_MOST {
-            let mut bytes = Vec::with_capacity(length as usize);
-            std::io::Read::read_to_end(&mut std::io::Read::take(&file, READ_MOST), &mut bytes).ok()?;
-            ImageBytes::from(bytes)
-        } else {
-            ImageBytes::map(&file).ok()?
-        };
+        let file = files::open_by_link(&mapping.map_file(living_thread(pid)?)).ok()?;
+        let bytes = self.content(&file)?;
         let image = Arc::new(Image::parse(mapping.path(), bytes).ok()?);
         self.images.insert(key, Arc::clone(&image));
         Some(image)
@@ -97,10 +111,12 @@ impl ImageCache {
         }
         let tid = living_thread(pid).unwrap_or(pid);
         for candidate in module.image.debug_file_candidates() {
-            // In the target's root first: a container carries its own debug files.
-            let paths = [format!("/proc/{tid}/root{candidate}"), candidate];
-            let Some(bytes) = paths.iter().find_map(|path| fs::read(path).ok()) else { continue };
-            if let Ok(image) = module.image.with_symbols_from(&bytes) {
+            // In the target's root first: a container carries its own debug files. Then in ours.
+            let candidate = Path::new(&candidate);
+            let opened =
+                files::open_in_root_of(tid, candidate).or_else(|_| files::open_in_root_of(OURSELVES, candidate));
+            let Some(bytes) = opened.ok().and_then(|file| self.content(&file)) else { continue };
+            if let Ok(image) = module.image.with_symbols_from(bytes) {
                 self.replace(module, image);
                 self.without_debug.insert(module.path.clone());
                 return true;

@@ -18,29 +18,37 @@ impl From<Vec<u8>> for ImageBytes {
     }
 }
 
-/// Largest file that is read rather than mapped, bytes.
-const READ_MOST: u64 = 1 << 30;
-
 impl ImageBytes {
-    /// Maps a file that only root can change; reads any other. Who can cut a file short while it is mapped here could
-    /// end the agent (SIGBUS).
+    /// Maps a file that only root can change; reads any other, as far as there is `room` (bytes, which it takes from it). Who can
+    /// cut a file short while it is mapped here could end the agent (SIGBUS).
     ///
     /// # Errors
     /// It can't be mapped or read, or is too large to be read.
-    pub fn map(file: &File) -> io::Result<Self> {
+    pub fn map(file: &File, room: &mut u64) -> io::Result<Self> {
         let status = file.metadata()?;
         if status.uid() == 0 && status.mode() & 0o022 == 0 {
             // SAFETY: only root can change the file, and who replaces a program's file in place instead of by rename breaks
             // every process that runs it. The bytes are parsed with checked bounds throughout.
             return Ok(Self(Arc::new(unsafe { memmap2::Mmap::map(file)? })));
         }
-        if status.len() > READ_MOST {
-            return Err(io::Error::new(io::ErrorKind::FileTooLarge, "larger than 1 GiB, and not root's"));
-        }
-        let mut bytes = Vec::with_capacity(usize::try_from(status.len()).unwrap_or_default());
-        let mut file = file;
+        Self::read(file, room)
+    }
+
+    /// Reads a file, as far as there is `room` (bytes, which it takes from it).
+    ///
+    /// # Errors
+    /// It can't be read, or is larger than that.
+    pub fn read(mut file: &File, room: &mut u64) -> io::Result<Self> {
+        let length = file.metadata()?.len();
+        *room = room.checked_sub(length).ok_or_else(|| {
+            io::Error::new(
+                io::ErrorKind::FileTooLarge,
+                "larger than what is read of files that others than root can change",
+            )
+        })?;
+        let mut bytes = Vec::with_capacity(usize::try_from(length).unwrap_or_default());
         file.rewind()?;
-        file.take(READ_MOST).read_to_end(&mut bytes)?;
+        file.take(length).read_to_end(&mut bytes)?;
         Ok(Self::from(bytes))
     }
 
@@ -138,7 +146,7 @@ mod tests {
         let mut file = tempfile::NamedTempFile::new().expect("a file");
         file.write_all(&[7; 8192]).expect("written");
         file.as_file().set_permissions(std::fs::Permissions::from_mode(0o666)).expect("changed");
-        let bytes = ImageBytes::map(file.as_file()).expect("read");
+        let bytes = ImageBytes::map(file.as_file(), &mut (1 << 20)).expect("read");
         // Reading a mapping behind its file's end would end this test by SIGBUS.
         file.as_file().set_len(0).expect("cut");
         assert!(bytes.bytes() == [7; 8192]);

@@ -41,7 +41,7 @@ impl Image {
     ///
     /// # Errors
     /// It belongs to another build, or is damaged.
-    pub fn with_symbols_from(&self, debug_file: &[u8]) -> Result<Self, ImageError> {
+    pub fn with_symbols_from(&self, debug_file: ImageBytes) -> Result<Self, ImageError> {
         let mut image = self.without_index()?;
         image.add_symbols_from(debug_file)?;
         Ok(image)
@@ -59,7 +59,8 @@ impl Image {
     ///
     /// # Errors
     /// It belongs to another build, or is damaged.
-    pub fn add_symbols_from(&mut self, debug_file: &[u8]) -> Result<(), ImageError> {
+    pub fn add_symbols_from(&mut self, file: ImageBytes) -> Result<(), ImageError> {
+        let debug_file = file.bytes();
         let damaged = |reason: object::read::Error| ImageError::Damaged {
             name: format!("the debug file of {}", self.name),
             reason: reason.to_string(),
@@ -71,7 +72,7 @@ impl Image {
         if id.is_none() || id != self.build_id {
             return Err(ImageError::OtherBuild(self.name.clone()));
         }
-        self.debug.push(ImageBytes::from(debug_file.to_vec()));
+        self.debug.push(file);
         self.index = OnceLock::new();
         Ok(())
     }

@@ -2,6 +2,7 @@
 //! us: crash-safe injection into one thread, and the puppet. Not for deciding what to patch or when.
 
 pub mod curtain;
+pub mod files;
 pub mod gate;
 mod held;
 pub mod info;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 fn interrogate(bytes: Vec<u8>) {
     let Ok(mut image) = Image::parse("/usr/bin/damaged", ImageBytes::from(bytes.clone())) else { return };
     let _ = (image.build_id_hex(), image.debug_file_candidates(), image.unwind(), image.tls_segment());
-    let _ = image.add_symbols_from(&bytes);
+    let _ = image.add_symbols_from(ImageBytes::from(bytes.clone()));
     for name in ["victim", "twin", "main", "getenv", "a.c:twin", "ns::f(int)", "nothing"] {
         if let Ok(function) = image.find_function(&FunctionQuery::parse(name)) {
             let _ = image.body(&function);

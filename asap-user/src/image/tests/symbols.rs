@@ -106,13 +106,13 @@ fn debug_files_and_mini_debuginfo_give_symbols_back() {
     let mut image = shop.stripped("program");
     assert!(matches!(why_not(&image, "a.c:twin"), LookupError::Unknown { .. }));
     let debug = fs::read(shop.path("program.debug")).expect("made");
-    let fuller = image.with_symbols_from(&debug).expect("the same build");
+    let fuller = image.with_symbols_from(ImageBytes::from(debug.clone())).expect("the same build");
     assert_eq!(find(&fuller, "a.c:twin"), find(&shop.read("program"), "a.c:twin"));
-    image.add_symbols_from(&debug).expect("the same build");
+    image.add_symbols_from(ImageBytes::from(debug)).expect("the same build");
     assert_eq!(find(&image, "b.c:twin"), find(&fuller, "b.c:twin"));
     let foreign = fs::read(two_files(&["-O1"]).path("program")).expect("built");
-    assert!(matches!(image.add_symbols_from(&foreign), Err(ImageError::OtherBuild(_))));
-    assert!(matches!(image.add_symbols_from(b"no ELF"), Err(ImageError::Damaged { .. })));
+    assert!(matches!(image.add_symbols_from(ImageBytes::from(foreign)), Err(ImageError::OtherBuild(_))));
+    assert!(matches!(image.add_symbols_from(ImageBytes::from(b"no ELF".to_vec())), Err(ImageError::Damaged { .. })));
     // .gnu_debugdata holds an xz-packed ELF file with a .symtab.
     shop.run("xz", &["-k", "program.debug"]);
     shop.run("objcopy", &["--add-section", ".gnu_debugdata=program.debug.xz", "program.stripped", "mini"]);
