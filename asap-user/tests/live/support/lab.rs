@@ -121,9 +121,13 @@ impl Lab {
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
+        self.command_for(arguments, true)
+    }
+
+    fn command_for(&self, arguments: &[&str], json: bool) -> Command {
         let mut command = Command::new(program());
         command.arg("--socket").arg(self.path("run/agent.sock")).arg("--log").arg(self.path("log/audit.jsonl"));
-        command.arg("--json").args(arguments).stdin(Stdio::null());
+        command.args(json.then_some("--json")).args(arguments).stdin(Stdio::null());
         // Never this system's.
         command.env("ASAP_JOURNAL", self.path("journal")).env("ASAP_KEYS", self.path("keys"));
         command.envs(self.environment.borrow().iter().map(|(name, value)| (name, value)));
@@ -137,6 +141,12 @@ impl Lab {
             describe_agent(&answer.text);
         }
         answer
+    }
+
+    /// Runs asap for a person: text, not JSON.
+    pub fn asap_as_text(&self, arguments: &[&str]) -> Answer {
+        let mut command = self.command_for(arguments, false);
+        answer(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("asap runs"))
     }
 
     /// Starts asap, to be waited for with [`answer`].
