@@ -23,5 +23,6 @@ pub mod quiesce;
 mod random;
 pub mod report;
 pub mod sandbox;
+pub mod scope;
 pub mod signature;
 pub mod watchdog;

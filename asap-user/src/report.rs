@@ -29,8 +29,46 @@ pub enum Request {
     List(StatusRequest),
     /// Run a target in the sandbox, or natively again, or tell how it runs.
     Sandbox(SandboxRequest),
+    /// One of these for all processes that a selector found.
+    Scoped(ScopedRequest),
     /// End the agent; targets stay as they are.
     Shutdown,
+}
+
+/// `--exe`, `--lib`, `--unit`, `--all-with-build-id`: one request for many processes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ScopedRequest {
+    /// The processes.
+    pub members: Vec<Member>,
+    /// What can't be done to all of them is done to none.
+    pub all_or_none: bool,
+    /// What to do.
+    pub work: ScopedWork,
+}
+
+/// A process, named for ever.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Member {
+    /// Its pid.
+    pub pid: i32,
+    /// When it started, clock ticks since boot: the pid may be another's by now.
+    pub start_time: u64,
+}
+
+/// What is done to many processes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "kebab-case")]
+pub enum ScopedWork {
+    /// Take them into care. Descendants come along, as with one.
+    Attach {
+        /// Those processes alone, without their descendants.
+        only: bool,
+        /// From now on the agent accepts signed patches only, until it ends.
+        #[serde(default)]
+        require_signature: bool,
+    },
+    /// Replace functions; what is not attached yet is attached first.
+    Patch(PatchRequest),
 }
 
 /// `asap sandbox`.
@@ -193,6 +231,8 @@ pub enum Reply {
     Status(StatusReport),
     /// Answer to `Sandbox`.
     Sandbox(SandboxReport),
+    /// Answer to `Scoped`.
+    Scoped(ScopedReport),
     /// Answer to `Shutdown`.
     Bye,
     /// Refused or failed.
@@ -457,6 +497,78 @@ pub struct StatusReport {
     pub targets: Vec<TargetReport>,
 }
 
+/// What became of a request for many processes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ScopedReport {
+    /// Per target: a process that was asked for, with its descendants.
+    pub targets: Vec<ScopedResult>,
+    /// From request to end, microseconds.
+    pub total_us: u64,
+}
+
+/// What became of one target.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ScopedResult {
+    /// Its first process; where it can't be attached, the process that was asked for.
+    pub pid: i32,
+    /// Processes that were asked for and belong to it.
+    pub members: Vec<i32>,
+    /// What became of it.
+    #[serde(flatten)]
+    pub outcome: ScopedOutcome,
+}
+
+/// What became of one target.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ScopedOutcome {
+    /// It is attached.
+    Attached(TargetReport),
+    /// It is patched.
+    Patched(PatchReport),
+    /// Nothing of it was changed, unless the failure says so.
+    Failed(Failure),
+}
+
+impl ScopedReport {
+    /// The failure that all of it amounts to; none: everything was done.
+    #[must_use]
+    pub fn failure(&self) -> Option<Failure> {
+        let failures: Vec<(i32, &Failure)> = self
+            .targets
+            .iter()
+            .filter_map(|target| match &target.outcome {
+                ScopedOutcome::Failed(failure) => Some((target.pid, failure)),
+                ScopedOutcome::Attached(_) | ScopedOutcome::Patched(_) => None,
+            })
+            .collect();
+        let (_, first) = failures.first()?;
+        let count = self.targets.len();
+        let words: Vec<String> = failures.iter().take(8).map(|(pid, failure)| format!("{pid}: {failure}")).collect();
+        let more = if failures.len() > 8 { format!("\nand {} others", failures.len() - 8) } else { String::new() };
+        let words = format!("{}{more}", words.join("\n"));
+        let way_out =
+            "what failed is as it was; do what is said for each, and ask again: what is done already stays so";
+        if failures.len() < count {
+            return Some(Failure {
+                kind: FailureKind::Partial,
+                state: TargetState::PartlyDone,
+                ..Failure::refused(
+                    format!("done in {} of {count} targets, not in\n{words}", count - failures.len()),
+                    way_out,
+                )
+            });
+        }
+        let alike = failures.iter().all(|(_, failure)| failure.kind == first.kind);
+        let untouched = failures.iter().all(|(_, failure)| failure.state == TargetState::Untouched);
+        Some(Failure {
+            kind: if alike { first.kind } else { FailureKind::Failed },
+            state: if untouched { TargetState::Untouched } else { first.state },
+            ..Failure::refused(format!("done in none of {count} targets:\n{words}"), first.way_out.clone())
+        })
+    }
+}
+
 /// A refusal or failure, for the administrator and for scripts (promise P6).
 #[derive(Clone, Debug, Serialize, Deserialize, thiserror::Error)]
 #[error("{message}")]
@@ -581,6 +693,8 @@ pub trait Operations {
         request: &SandboxRequest,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<SandboxReport, Failure>;
+    /// One of these for many processes.
+    fn scoped(&mut self, request: &ScopedRequest, progress: &mut dyn FnMut(Progress)) -> Result<ScopedReport, Failure>;
     /// Tells what is attached.
     fn status(&mut self, request: &StatusRequest) -> Result<StatusReport, Failure>;
     /// Tells what was attached when it last looked, without looking.

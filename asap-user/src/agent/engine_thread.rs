@@ -10,7 +10,10 @@ use super::{
 };
 use crate::{
     cancel::{self, Cancel},
-    report::{Failure, FailureKind, Operations, Progress, Reply, Request, StatusReport, StatusRequest, TargetState},
+    report::{
+        Failure, FailureKind, Operations, Progress, Reply, Request, ScopedWork, StatusReport, StatusRequest,
+        TargetState,
+    },
 };
 use nix::sys::signal::{SigSet, Signal};
 use std::{
@@ -269,6 +272,7 @@ fn perform(operations: &mut dyn Operations, request: &Request, tell: &mut dyn Fn
         Request::Revert(request) => operations.revert(request, tell).map(Reply::Reverted),
         Request::Detach(request) => operations.detach(request, tell).map(Reply::Detached),
         Request::Sandbox(request) => operations.sandbox(request, tell).map(Reply::Sandbox),
+        Request::Scoped(request) => operations.scoped(request, tell).map(Reply::Scoped),
         Request::Status(request) | Request::List(request) => operations.status(request).map(Reply::Status),
         // The session stops the agent once this is answered.
         Request::Shutdown => Ok(Reply::Bye),
@@ -287,6 +291,19 @@ fn describe(request: &Request) -> String {
         Request::Revert(request) => of("revert", request.pid),
         Request::Detach(request) => of("detach", request.pid),
         Request::Sandbox(request) => of(super::audit::sandbox_command(request.action), request.pid),
+        Request::Scoped(request) => {
+            let command = match &request.work {
+                ScopedWork::Attach { .. } => "attach",
+                ScopedWork::Patch(patch) => {
+                    if patch.dry_run {
+                        "check"
+                    } else {
+                        "patch"
+                    }
+                }
+            };
+            format!("{command} of {} processes", request.members.len())
+        }
         Request::Status(request) | Request::List(request) => of("status", request.pid),
         Request::Shutdown => "stop".to_owned(),
     }

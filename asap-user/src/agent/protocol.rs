@@ -1,7 +1,7 @@
 //! One request or reply per line of JSON, each line bounded, and what a request may be like. Reading only; what becomes of a
 //! request is decided by the session.
 
-use crate::report::Request;
+use crate::report::{Request, ScopedWork};
 use std::{io, time::Duration};
 use tokio::{
     io::{AsyncBufRead, AsyncBufReadExt},
@@ -19,6 +19,8 @@ pub const LINE_PATIENCE: Duration = Duration::from_secs(20);
 
 /// Most functions in one request.
 const MAX_FUNCTIONS: usize = 4096;
+/// Most processes in one request.
+const MAX_MEMBERS: usize = 1 << 16;
 /// Longest name of anything; C++ names are long.
 const MAX_NAME: usize = 16 << 10;
 
@@ -87,6 +89,15 @@ fn check(request: &Request) -> Result<(), String> {
         if name.len() <= MAX_NAME { Ok(()) } else { Err(format!("a name of {} bytes is too long", name.len())) }
     };
     match request {
+        Request::Scoped(request) => {
+            if request.members.len() > MAX_MEMBERS {
+                return Err(format!("{} processes in one request, more than {MAX_MEMBERS}", request.members.len()));
+            }
+            match &request.work {
+                ScopedWork::Patch(request) => check(&Request::Patch(request.clone())),
+                ScopedWork::Attach { .. } => Ok(()),
+            }
+        }
         Request::Patch(request) => {
             let total: usize = request.files.iter().map(|file| file.bytes.len()).sum();
             if total > MAX_OBJECTS {

@@ -4,7 +4,8 @@ use super::{AgentError, AgentOptions, audit, protocol, run, socket};
 use crate::report::{
     AttachReport, AttachRequest, Consistency, DetachReport, DetachRequest, Failure, FailureKind, InstalledPatch,
     Mechanism, News, Operations, PatchFile, PatchId, PatchReport, PatchRequest, Progress, Reply, Request,
-    RevertRequest, SandboxReport, SandboxRequest, StatusReport, StatusRequest, TargetReport,
+    RevertRequest, SandboxReport, SandboxRequest, ScopedReport, ScopedRequest, StatusReport, StatusRequest,
+    TargetReport,
 };
 use std::{
     io::{BufRead, BufReader, Read, Write},
@@ -92,6 +93,9 @@ impl Operations for Straw {
     }
     fn news(&mut self) -> Vec<News> {
         Vec::new()
+    }
+    fn scoped(&mut self, _: &ScopedRequest, _: &mut dyn FnMut(Progress)) -> Result<ScopedReport, Failure> {
+        Ok(ScopedReport { targets: Vec::new(), total_us: 0 })
     }
     fn sandbox(&mut self, request: &SandboxRequest, _: &mut dyn FnMut(Progress)) -> Result<SandboxReport, Failure> {
         let pid = request.pid.unwrap_or_default();

@@ -2,7 +2,7 @@
 //! are read anew for each request. Decides nothing about whether a patch fits a process.
 
 use crate::{
-    report::{Failure, PatchFile, Reply, Request},
+    report::{Failure, PatchFile, Reply, Request, ScopedOutcome, ScopedRequest, ScopedWork},
     signature::{
         PublicKey, Signature, SignatureError,
         folder::{self, Trusted},
@@ -41,6 +41,11 @@ impl Trust {
                 Ok(Admitted::default())
             }
             Request::Patch(request) => self.examine(&request.files),
+            Request::Scoped(ScopedRequest { work: ScopedWork::Patch(request), .. }) => self.examine(&request.files),
+            Request::Scoped(ScopedRequest { work: ScopedWork::Attach { require_signature, .. }, .. }) => {
+                self.required |= require_signature;
+                Ok(Admitted::default())
+            }
             _ => Ok(Admitted::default()),
         }
     }
@@ -97,9 +102,18 @@ impl Trust {
 impl Admitted {
     /// Adds to an answer what is known of the patch's origin.
     pub fn tell(self, mut answer: Reply) -> Reply {
-        if let Reply::Patched(report) = &mut answer {
-            report.notes.extend(self.signer.map(|signer| format!("signed by {signer}")));
-            report.notes.extend(self.note);
+        let signed = self.signer.map(|signer| format!("signed by {signer}"));
+        let notes: Vec<String> = signed.into_iter().chain(self.note).collect();
+        match &mut answer {
+            Reply::Patched(report) => report.notes.extend(notes),
+            Reply::Scoped(report) => {
+                for target in &mut report.targets {
+                    if let ScopedOutcome::Patched(report) = &mut target.outcome {
+                        report.notes.extend(notes.iter().cloned());
+                    }
+                }
+            }
+            _ => {}
         }
         answer
     }

@@ -4,12 +4,13 @@ use super::{
     client::{ask_or_start, unexpected},
     context::{Global, require_root},
     report,
+    scope::{self, Selectors},
     signing::TrustOptions,
     values,
 };
 use crate::{
     agent::DEFAULT_IDLE_EXIT,
-    report::{AttachReport, AttachRequest, Failure, Reply, Request},
+    report::{AttachReport, AttachRequest, Failure, Reply, Request, ScopedRequest, ScopedWork},
 };
 use std::time::Duration;
 
@@ -22,11 +23,16 @@ use std::time::Duration;
 Examples:
   asap attach --pid 1234
   asap attach --pid $(pidof -s nginx) --only
+  asap attach --exe /usr/sbin/nginx
+  asap attach --unit nginx.service --yes
   asap attach --pid 1234 --require-signature")]
 pub struct Attach {
     /// The process.
     #[arg(long, short, value_name = "N", value_parser = clap::value_parser!(i32).range(1..))]
-    pid: i32,
+    #[arg(required_unless_present_any = ["exe", "lib", "unit", "all_with_build_id"])]
+    pid: Option<i32>,
+    #[command(flatten)]
+    selectors: Selectors,
     /// This process alone, without its descendants.
     #[arg(long)]
     only: bool,
@@ -41,12 +47,18 @@ impl Attach {
     pub fn run(self, global: &Global) -> Result<(), Failure> {
         require_root("attach")?;
         let idle_exit = Some(self.idle_exit.unwrap_or(DEFAULT_IDLE_EXIT)).filter(|limit| !limit.is_zero());
-        let request = Request::Attach(AttachRequest {
-            pid: self.pid,
-            only: self.only,
-            require_signature: self.trust.require_signature,
-        });
-        let reply = ask_or_start(&self.trust.bind(global.agent_options(idle_exit)), &request)?;
+        let options = self.trust.bind(global.agent_options(idle_exit));
+        let (only, require_signature) = (self.only, self.trust.require_signature);
+        if let Some(members) = self.selectors.choose(global, "attach to")? {
+            let work = ScopedWork::Attach { only, require_signature };
+            let all_or_none = self.selectors.all_or_none();
+            let reply = ask_or_start(&options, &Request::Scoped(ScopedRequest { members, all_or_none, work }))?;
+            let Reply::Scoped(report) = &reply else { return Err(unexpected(&reply)) };
+            return scope::finish(global, &reply, report);
+        }
+        let pid = self.pid.ok_or_else(|| Failure::refused("no process is named", "name one: --pid N"))?;
+        let request = Request::Attach(AttachRequest { pid, only, require_signature });
+        let reply = ask_or_start(&options, &request)?;
         let Reply::Attached(report) = &reply else { return Err(unexpected(&reply)) };
         global.show(&reply, || attached(report))
     }

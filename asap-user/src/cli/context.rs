@@ -40,7 +40,8 @@ impl Global {
             socket: absolute(&self.socket),
             log: absolute(&self.log),
             journal: None,
-            keys: agent::DEFAULT_KEYS.into(),
+            keys: std::env::var_os("ASAP_KEYS")
+                .map_or_else(|| agent::DEFAULT_KEYS.into(), |keys| absolute(&keys.into())),
             require_signature: false,
             idle_exit,
         }

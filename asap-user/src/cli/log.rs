@@ -84,12 +84,21 @@ fn row(record: &Record) -> Vec<String> {
         record.time.clone(),
         record.uid.to_string(),
         record.command.clone(),
-        record.target.map_or_else(String::new, |pid| pid.to_string()),
+        targets(record),
         record.patch.clone().or_else(|| Some(record.files.first()?.name.clone())).unwrap_or_default(),
         record.functions.join(", "),
         record.duration_us.map_or_else(String::new, microseconds),
         result,
     ]
+}
+
+/// The process, or the first of many.
+fn targets(record: &Record) -> String {
+    match (record.target, &record.targets[..]) {
+        (Some(pid), _) | (None, &[pid]) => pid.to_string(),
+        (None, []) => String::new(),
+        (None, [first, rest @ ..]) => format!("{first} and {} more", rest.len()),
+    }
 }
 
 #[cfg(test)]
@@ -107,6 +116,7 @@ mod tests {
             pid: 77,
             command: "patch".to_owned(),
             target: Some(1234),
+            targets: Vec::new(),
             patch: Some("fix".to_owned()),
             sha256: None,
             files: Vec::new(),

@@ -23,6 +23,7 @@ mod report;
 mod revert;
 mod run;
 mod sandbox;
+mod scope;
 mod sign;
 mod signing;
 mod status;

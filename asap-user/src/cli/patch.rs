@@ -1,23 +1,33 @@
 //! `asap patch`: options of a patch, and what became of it.
 
 use super::{
-    client::{ask, unexpected},
+    client::{ask, ask_or_start, unexpected},
     context::{Global, require_root},
-    files, report, values,
+    files, report,
+    scope::{self, Selectors},
+    values,
 };
-use crate::report::{Consistency, Failure, Mechanism, PatchReport, PatchRequest, Reply, Request};
+use crate::{
+    agent::DEFAULT_IDLE_EXIT,
+    report::{Consistency, Failure, Mechanism, PatchReport, PatchRequest, Reply, Request, ScopedRequest, ScopedWork},
+};
 use std::{path::PathBuf, time::Duration};
 
 /// Replace functions of an attached target.
 ///
 /// All functions in all processes of the target, or none. New code goes in at a moment when no thread is inside the old
 /// function, neither running there nor about to return there.
+///
+/// With a selector (--exe, --lib, --unit, --all-with-build-id) processes of the whole machine are meant: they are listed, and
+/// attached where they are not yet. Each target gets the patch whole or not at all; what failed is said for each.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   asap patch --function ap_byterange_filter fix.o
   asap patch --pid 1234 --function core.c:handler --name CVE-2026-1 --timeout 2min fix.o
-  asap patch --dry-run fix.o helper.o")]
+  asap patch --dry-run fix.o helper.o
+  asap patch --lib /usr/lib/x86_64-linux-gnu/libssl.so.3 fix.asap
+  asap patch --all-with-build-id 2be7ff1a --yes fix.asap")]
 pub struct Patch {
     #[command(flatten)]
     options: PatchOptions,
@@ -32,6 +42,8 @@ pub struct PatchOptions {
     /// The attached target; may be left out when there is one only.
     #[arg(long, short, value_name = "N", value_parser = clap::value_parser!(i32).range(1..))]
     pid: Option<i32>,
+    #[command(flatten)]
+    selectors: Selectors,
     /// Function to replace, by the function of that name in the files; `file.c:name` for one of several static functions.
     /// May be given several times; may be left out when the files declare what they replace.
     #[arg(long = "function", short, value_name = "NAME")]
@@ -66,14 +78,26 @@ impl PatchOptions {
     /// Sends the request and shows the answer.
     pub fn run(self, global: &Global, command: &str, dry_run: bool) -> Result<(), Failure> {
         require_root(command)?;
-        let reply = ask(&global.socket, &self.request(dry_run)?)?;
-        let Reply::Patched(_) = &reply else { return Err(unexpected(&reply)) };
-        global.show(&reply, || shown(&reply))
+        let Some(members) = self.selectors.choose(global, command)? else {
+            let reply = ask(&global.socket, &self.request(dry_run)?)?;
+            let Reply::Patched(_) = &reply else { return Err(unexpected(&reply)) };
+            return global.show(&reply, || shown(&reply));
+        };
+        let all_or_none = self.selectors.all_or_none();
+        let work = ScopedWork::Patch(self.patch_request(dry_run)?);
+        let request = Request::Scoped(ScopedRequest { members, all_or_none, work });
+        let reply = ask_or_start(&global.agent_options(Some(DEFAULT_IDLE_EXIT)), &request)?;
+        let Reply::Scoped(report) = &reply else { return Err(unexpected(&reply)) };
+        scope::finish(global, &reply, report)
     }
 
     /// The request, with the files read.
     pub fn request(self, dry_run: bool) -> Result<Request, Failure> {
-        Ok(Request::Patch(PatchRequest {
+        self.patch_request(dry_run).map(Request::Patch)
+    }
+
+    fn patch_request(self, dry_run: bool) -> Result<PatchRequest, Failure> {
+        Ok(PatchRequest {
             pid: self.pid,
             functions: self.functions,
             address: self.address,
@@ -83,7 +107,7 @@ impl PatchOptions {
             timeout_ms: values::milliseconds(self.timeout),
             consistency: self.consistency,
             mechanism: self.mechanism,
-        }))
+        })
     }
 }
 

@@ -10,6 +10,7 @@ mod hooks;
 pub mod ledger;
 mod modules;
 mod patch_file;
+mod patching;
 mod plan;
 mod process;
 mod redirect;
@@ -17,6 +18,7 @@ mod refuse;
 mod resolve;
 mod revert;
 mod sandbox;
+mod scope;
 mod settle;
 mod stage;
 mod target;
@@ -28,12 +30,11 @@ mod watch;
 
 use crate::{
     cancel,
-    patch::{PatchObject, manifest::Manifest},
     process::ptrace::release_latecomers,
     report::{
-        AttachReport, AttachRequest, DetachReport, DetachRequest, Failure, InstalledPatch, Mechanism, News, Operations,
-        PatchId, PatchReport, PatchRequest, Progress, RevertRequest, SandboxReport, SandboxRequest, StatusReport,
-        StatusRequest, TargetState,
+        AttachReport, AttachRequest, DetachReport, DetachRequest, Failure, InstalledPatch, News, Operations,
+        PatchReport, PatchRequest, Progress, RevertRequest, SandboxReport, SandboxRequest, ScopedReport, ScopedRequest,
+        StatusReport, StatusRequest, TargetState,
     },
 };
 use modules::ImageCache;
@@ -44,7 +45,6 @@ use std::{
     time::{Duration, Instant},
 };
 use target::Target;
-use undo::Undo;
 use watch::LifeWatch;
 
 /// How soon to look again for threads that are to be let go.
@@ -140,105 +140,6 @@ impl Engine {
         for target in self.targets.values_mut() {
             if let Err(failure) = target.discover(&self.observers) {
                 tracing::warn!(pid = target.root, %failure, "a child process could not be taken into care");
-            }
-        }
-    }
-
-    /// Patches the target that is meant; with a patch file and no word about which, all targets that it fits, or none.
-    fn patch_all(
-        &mut self,
-        request: &PatchRequest,
-        progress: &mut dyn FnMut(Progress),
-    ) -> Result<PatchReport, Failure> {
-        if request.mechanism == Mechanism::Redirect {
-            self.observers.redirect_available()?;
-            redirect::check_pins()?;
-        }
-        let files: Vec<(String, Vec<u8>)> = request.files.iter().map(|f| (f.name.clone(), f.bytes.clone())).collect();
-        let manifest = patch_file::manifest_of(request)?;
-        let object = PatchObject::read(&files).map_err(|error| {
-            Failure::refused(
-                error.to_string(),
-                "compile the patch again for x86-64, with -c, as a relocatable object file",
-            )
-        })?;
-        let (pids, pairs) = match &manifest {
-            Some(manifest) => {
-                patch_file::check_class(manifest, request.consistency)?;
-                let pids = if request.pid.is_some() { vec![self.meant(request.pid)?] } else { self.fitting(manifest)? };
-                (pids, patch_file::pairs(manifest))
-            }
-            None => (vec![self.meant(request.pid)?], plan::pairs(request, &object)?),
-        };
-        // One number for all of them.
-        let numbers = pids.iter().filter_map(|pid| self.targets.get(pid)).map(Target::next_patch);
-        let id = numbers.max().unwrap_or(PatchId(1));
-        let wanted = apply::Wanted { request, manifest: manifest.as_ref(), object: &object, pairs: &pairs, id };
-        let (images, observers) = (&mut self.images, &self.observers);
-        let mut all: Option<PatchReport> = None;
-        let mut undos: Vec<(i32, Undo)> = Vec::new();
-        for &pid in &pids {
-            let target = self.targets.get_mut(&pid).ok_or_else(|| process::gone(pid, "it is not there"))?;
-            let mut undo = Undo::new(id);
-            let patched = apply::patch(target, images, observers, &wanted, &mut undo, progress);
-            undos.push((pid, undo));
-            match (patched, &mut all) {
-                (Ok(report), None) => all = Some(report),
-                (Ok(report), Some(all)) => {
-                    all.already &= report.already;
-                    all.total_us += report.total_us;
-                    all.processes.extend(report.processes);
-                    all.notes.extend(report.notes);
-                }
-                (Err(failure), _) => {
-                    let take_back = |failure, (pid, undo): (i32, Undo)| match self.targets.get_mut(&pid) {
-                        Some(target) => undo.roll_back(target, images, observers, failure),
-                        None => failure,
-                    };
-                    return Err(undos.into_iter().fold(failure, take_back));
-                }
-            }
-        }
-        // The patch is in; what is left is clearing up.
-        let _to_the_end = cancel::hold_off();
-        for (pid, _) in undos {
-            if let Some(target) = self.targets.get_mut(&pid) {
-                settle::clear_away(target, images, request.consistency);
-                settle::done(target);
-            }
-        }
-        all.ok_or_else(|| Failure::refused("nothing is attached", "attach first: asap attach --pid PID"))
-    }
-
-    /// The targets that run a build which `manifest` is for.
-    fn fitting(&mut self, manifest: &Manifest) -> Result<Vec<i32>, Failure> {
-        let mut fitting = Vec::new();
-        let mut refusals = Vec::new();
-        for (&pid, target) in &self.targets {
-            let Some(process) = target.processes.get(&pid).or_else(|| target.processes.values().next()) else {
-                continue;
-            };
-            let modules = self.images.modules(process.pid, &process.maps()?, &process.memory, |at| process.is_ours(at));
-            match patch_file::home(&modules, manifest) {
-                Some(_) => fitting.push(pid),
-                None => refusals.push(patch_file::other_build(process.pid, &modules, manifest)),
-            }
-        }
-        match (fitting.is_empty(), refusals.len()) {
-            (false, _) => Ok(fitting),
-            (true, 0) => self.meant(None).map(|pid| vec![pid]),
-            (true, 1) => Err(refusals.remove(0)),
-            (true, count) => {
-                let wanted: Vec<_> = manifest.builds.iter().map(|build| build.build_id.as_str()).collect();
-                Err(Failure::refused(
-                    format!(
-                        "{} is for {} with build-id {}, which none of the {count} attached targets runs",
-                        manifest.name,
-                        manifest.target,
-                        wanted.join(" or ")
-                    ),
-                    "see `asap status` for what they run; attach the right process, or build the patch for what runs",
-                ))
             }
         }
     }
@@ -357,6 +258,13 @@ impl Operations for Engine {
         progress: &mut dyn FnMut(Progress),
     ) -> Result<SandboxReport, Failure> {
         let report = self.sandbox_request(request, progress);
+        self.watch.was_disturbed();
+        self.images.clear();
+        report
+    }
+
+    fn scoped(&mut self, request: &ScopedRequest, progress: &mut dyn FnMut(Progress)) -> Result<ScopedReport, Failure> {
+        let report = self.scoped_request(request, progress);
         self.watch.was_disturbed();
         self.images.clear();
         report
