@@ -7,7 +7,10 @@
 use super::journal::Journal;
 use crate::{
     hex::hex,
-    report::{Failure, Fate, News, PatchFile, Reply, Request, SandboxAction, SandboxRequest},
+    report::{
+        Failure, Fate, News, PatchFile, PatchRequest, Reply, Request, SandboxAction, SandboxRequest, ScopedOutcome,
+        ScopedReport, ScopedWork,
+    },
 };
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -75,6 +78,9 @@ pub struct Record {
     /// Process asked about, or the first one that was worked at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target: Option<i32>,
+    /// Processes asked about, of a request for many; in the result those in which it was done.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub targets: Vec<i32>,
     /// Name or number of the patch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub patch: Option<String>,
@@ -132,6 +138,7 @@ impl AuditLog {
                 }
                 _ => {}
             }
+            check_folder(directory).map_err(|why| failed(format!("{}: {why}", directory.display())))?;
         }
         let log = Self { path: path.to_owned(), number: 0, journal: None };
         log.file().map_err(|error| failed(error.to_string()))?;
@@ -169,7 +176,8 @@ impl AuditLog {
         let failed = |why: String| AuditError { path: self.path.clone(), why };
         let mut line = serde_json::to_string(record).map_err(|error| failed(error.to_string()))?;
         line.push('\n');
-        let written = self.file().and_then(|mut file| file.write_all(line.as_bytes()));
+        let written = crate::fault::touch("touch.log").and_then(|()| self.file());
+        let written = written.and_then(|mut file| file.write_all(line.as_bytes()));
         written.map_err(|error| failed(error.to_string()))?;
         if let Some(journal) = &self.journal {
             journal.send(record, line.trim_end());
@@ -187,10 +195,7 @@ impl AuditLog {
             }
             Request::Patch(request) => {
                 record.target = request.pid;
-                record.patch = request.name.as_deref().map(shortened);
-                record.functions = request.functions.iter().map(|name| shortened(name)).collect();
-                record.files = request.files.iter().map(FileDigest::of).collect();
-                if request.dry_run { "check" } else { "patch" }
+                note_patch(&mut record, request)
             }
             Request::Revert(request) => {
                 record.target = request.pid;
@@ -207,6 +212,13 @@ impl AuditLog {
             Request::Sandbox(request) => {
                 record.target = request.pid;
                 sandbox_command(request.action)
+            }
+            Request::Scoped(request) => {
+                record.targets = request.members.iter().map(|member| member.pid).collect();
+                match &request.work {
+                    ScopedWork::Attach { .. } => "attach",
+                    ScopedWork::Patch(request) => note_patch(&mut record, request),
+                }
             }
             Request::Shutdown => "stop",
             Request::Status(_) | Request::List(_) => return None,
@@ -248,6 +260,7 @@ impl AuditLog {
             pid: who.pid,
             command: String::new(),
             target: None,
+            targets: Vec::new(),
             patch: None,
             sha256: None,
             files: Vec::new(),
@@ -258,6 +271,14 @@ impl AuditLog {
             duration_us: None,
         }
     }
+}
+
+/// What is to go in; gives the word for it.
+fn note_patch(record: &mut Record, request: &PatchRequest) -> &'static str {
+    record.patch = request.name.as_deref().map(shortened);
+    record.functions = request.functions.iter().map(|name| shortened(name)).collect();
+    record.files = request.files.iter().map(FileDigest::of).collect();
+    if request.dry_run { "check" } else { "patch" }
 }
 
 /// The words for a command of the sandbox.
@@ -294,9 +315,32 @@ impl Record {
                 self.message = Some(message.chars().take(4 * NAME_LIMIT).collect());
             }
             Reply::Sandbox(report) => self.target = Some(report.pid),
+            Reply::Scoped(report) => self.note_scoped(report),
             Reply::Status(_) | Reply::Bye | Reply::Progress(_) => {}
         }
         self
+    }
+}
+
+impl Record {
+    fn note_scoped(&mut self, report: &ScopedReport) {
+        self.targets.clear();
+        for target in &report.targets {
+            match &target.outcome {
+                ScopedOutcome::Failed(_) => continue,
+                ScopedOutcome::Attached(_) => {}
+                ScopedOutcome::Patched(report) => {
+                    self.patch = Some(shortened(&report.patch.name));
+                    self.sha256 = Some(report.patch.sha256.clone());
+                }
+            }
+            self.targets.push(target.pid);
+        }
+        if let Some(Failure { kind, message, .. }) = report.failure() {
+            let kind = serde_json::to_value(kind).ok();
+            self.result = kind.and_then(|kind| kind.as_str().map(str::to_owned));
+            self.message = Some(message.chars().take(4 * NAME_LIMIT).collect());
+        }
     }
 }
 
@@ -313,6 +357,20 @@ fn shortened(name: &str) -> String {
 
 fn timestamp() -> String {
     humantime::format_rfc3339_millis(SystemTime::now()).to_string()
+}
+
+/// Whoever can write in the folder could put another file in the log's place.
+fn check_folder(path: &Path) -> Result<(), String> {
+    let facts = std::fs::metadata(path).map_err(|error| error.to_string())?;
+    let us = nix::unistd::geteuid().as_raw();
+    if facts.uid() != us && facts.uid() != 0 {
+        return Err(format!("it belongs to user {}, and must be of user {us} or root", facts.uid()));
+    }
+    // In a folder like /tmp nobody can move another user's file.
+    if facts.mode() & 0o022 != 0 && facts.mode() & libc::S_ISVTX == 0 {
+        return Err(format!("others can write it (mode {:04o}); close it with chmod go-w", facts.mode() & 0o7777));
+    }
+    Ok(())
 }
 
 /// The last `count` records of a log, oldest first, and how many lines among those read were none.
@@ -343,7 +401,7 @@ pub fn last_records(path: &Path, count: usize) -> io::Result<(Vec<Record>, usize
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::{AttachRequest, Consistency, Mechanism, PatchRequest, StatusRequest};
+    use crate::report::{AttachRequest, Consistency, Mechanism, StatusRequest};
 
     const CLIENT: Client = Client { uid: 0, pid: 77 };
 
@@ -412,6 +470,21 @@ mod tests {
             &Request::Shutdown,
         );
         log.append(&record.expect("changes something")).expect_err("others can write it");
+    }
+
+    #[test]
+    fn a_folder_that_others_can_write_holds_no_log() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let open = |mode| {
+            std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(mode)).expect("chmod");
+            AuditLog::open(&dir.path().join("audit.jsonl"))
+        };
+        let refusal = open(0o777).expect_err("others can write").to_string();
+        assert!(refusal.contains("mode 0777") && refusal.contains("chmod go-w"), "{refusal}");
+        open(0o770).expect_err("a group can write");
+        open(0o1777).expect("a folder like /tmp");
+        open(0o755).expect("others can look");
     }
 
     #[test]

@@ -156,6 +156,7 @@ impl Session {
     async fn write(&mut self, reply: &Reply) -> io::Result<()> {
         let mut line = serde_json::to_vec(reply)?;
         line.push(b'\n');
+        crate::fault::touch("touch.answer")?;
         timeout(WRITE_PATIENCE, self.writer.write_all(&line)).await.map_err(|_| io::ErrorKind::TimedOut)?
     }
 }

@@ -110,6 +110,7 @@ impl Gatekeeper {
         behind.file.set_len(offset + PAGE_SIZE).map_err(fail("growing the memfd"))?;
         behind.file.write_all_at(content, offset).map_err(fail("filling the memfd"))?;
         behind.pages += 1;
+        crate::fault::touch("touch.gate").map_err(fail("registering a gate"))?;
         let at = userfault::map_text(puppet, behind.in_puppet, offset, PAGE_SIZE, None)?;
         if let Err(errno) = self.uffd.register(&(at.0..at.0 + PAGE_SIZE)) {
             let _ = puppet.syscall("munmap", libc::SYS_munmap, [at.0, PAGE_SIZE, 0, 0, 0, 0]);

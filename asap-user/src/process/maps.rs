@@ -115,6 +115,7 @@ impl Maps {
     /// # Errors
     /// The process is gone, or may not be looked at.
     pub fn of(pid: i32) -> io::Result<Self> {
+        crate::fault::touch("touch.maps")?;
         let tid = living_thread(pid).unwrap_or(pid);
         // A name may hold any byte but newline and NUL: not always UTF-8.
         Ok(Self::parse(&String::from_utf8_lossy(&std::fs::read(format!("/proc/{tid}/maps"))?)))

@@ -65,6 +65,7 @@ impl Memory {
     /// # Errors
     /// Part of it is not mapped (EIO), or the address space is gone (unexpected end of file).
     pub fn read(&self, address: TargetAddr, buffer: &mut [u8]) -> io::Result<()> {
+        crate::fault::touch("touch.read")?;
         let elsewhere = self.elsewhere.lock().unwrap_or_else(PoisonError::into_inner);
         let (mut at, mut rest) = (address, buffer);
         while !rest.is_empty() {
@@ -116,6 +117,7 @@ impl Memory {
     /// # Errors
     /// As [`Self::read`]; EIO also for shared mappings that are not writable.
     pub fn write(&self, address: TargetAddr, bytes: &[u8]) -> io::Result<()> {
+        crate::fault::touch("touch.write")?;
         let written = self.file.write_all_at(bytes, address.0);
         match (&written, &*self.traced.lock().unwrap_or_else(PoisonError::into_inner)) {
             (Err(error), Some(traced)) if error.raw_os_error() == Some(libc::EIO) => {

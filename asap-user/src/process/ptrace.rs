@@ -180,6 +180,11 @@ impl Stopping {
     pub fn begin(tid: i32) -> Result<Self, TraceError> {
         release_latecomers();
         let held = Held::begin();
+        crate::fault::touch("touch.stop").map_err(|error| TraceError::System {
+            tid,
+            request: "PTRACE_SEIZE",
+            error,
+        })?;
         request(tid, "PTRACE_SEIZE", libc::PTRACE_SEIZE, 0, libc::PTRACE_O_TRACESYSGOOD as usize).map_err(|error| {
             match info::ProcessInfo::of(tid) {
                 Ok(info) if info.tracer != 0 => TraceError::TracedByOther { tid, tracer: info.tracer },

@@ -13,7 +13,8 @@ use super::{
 };
 use crate::{address::TargetAddr, watchdog};
 use std::{
-    fs, io,
+    fs,
+    io::{self, Write},
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
     time::{Duration, Instant},
 };
@@ -273,7 +274,9 @@ impl Puppet {
         if let Ok(text) = fs::read_to_string("/proc/self/cgroup")
             && let Some(path) = text.lines().find_map(|line| line.strip_prefix("0::"))
         {
-            let _ = fs::write(format!("/sys/fs/cgroup{path}/cgroup.procs"), self.pid.to_string());
+            // Where the second version is mounted elsewhere there is no such file, and none is made.
+            let place = fs::OpenOptions::new().write(true).open(format!("/sys/fs/cgroup{path}/cgroup.procs"));
+            let _ = place.and_then(|mut file| file.write_all(self.pid.to_string().as_bytes()));
         }
         Ok(())
     }
@@ -304,6 +307,9 @@ impl Puppet {
     /// # Errors
     /// The call failed, or the puppet is gone.
     pub fn syscall(&mut self, call: &'static str, number: i64, arguments: [u64; 6]) -> Result<u64, PuppetError> {
+        let refused = |error| PuppetError::Call { pid: self.target, call, error };
+        // Memory, above all: a target may have no room for more.
+        crate::fault::touch(if number == libc::SYS_mmap { "touch.map" } else { "touch.call" }).map_err(refused)?;
         self.process.set_registers(&calling(self.registers, self.home, number, arguments))?;
         let mut entered = false;
         loop {
@@ -354,6 +360,7 @@ impl Puppet {
             table.extend_from_slice(&from.0.to_le_bytes());
             table.extend_from_slice(&to.0.to_le_bytes());
         }
+        crate::fault::touch("touch.exchange").map_err(failed(0))?;
         let at = self.home.offset(EXCHANGE_TABLE);
         memory.write(at, &table).map_err(failed(0))?;
         let gone = |error: TraceError| ExchangeError { pid, done: 0, error: io::Error::other(error) };

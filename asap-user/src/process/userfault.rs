@@ -52,6 +52,7 @@ pub(super) enum Forks {
 /// # Errors
 /// The kernel has no userfaultfd for this process, or not its MINOR mode.
 pub(super) fn open(puppet: &mut Puppet, target: i32, forks: Forks) -> Result<(Uffd, bool), GateError> {
+    crate::fault::touch("touch.userfault").map_err(GateError::at(target, "userfaultfd"))?;
     let flags = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64;
     // The wider form needs a capability of the target, or vm.unprivileged_userfaultfd.
     let wide = puppet.syscall("userfaultfd", libc::SYS_userfaultfd, [flags, 0, 0, 0, 0, 0]);

@@ -296,6 +296,7 @@ impl<'a> Observer<'a> {
             // seen all that were there then. And those who are made later still, by threads that were seen already, can't be
             // inside when the gates are closed.
             let before = info::thread_count(self.pid)?;
+            crate::fault::touch("touch.snapshot")?;
             let now = source.snapshot(self.pid, snapshot::STACK_BYTES)?;
             let whole = now.visited >= before;
             let mut rest = Vec::new();
