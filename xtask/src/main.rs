@@ -17,6 +17,7 @@ mod sandbox_bench;
 mod snapshot;
 mod soak;
 mod study;
+mod supply;
 mod test;
 mod vm_test;
 mod workers;
@@ -54,6 +55,14 @@ enum Task {
     },
     /// Try hostile input on every parser, with libFuzzer (nightly tool chain, cargo-fuzz).
     Fuzz(fuzz::Options),
+    /// Check the licence and origin of every package that asap is built of.
+    Licences,
+    /// List what is in the program, as CycloneDX JSON.
+    Sbom {
+        /// Where to; standard output if left out.
+        #[arg(long)]
+        output: Option<std::path::PathBuf>,
+    },
     /// Measure.
     Bench {
         /// What to measure; everything if left out.
@@ -82,6 +91,8 @@ fn main() -> ExitCode {
         Task::Demo(options) => demo::run(options),
         Task::Ebpf { check } => ebpf::run(check),
         Task::Fuzz(options) => fuzz::run(&options),
+        Task::Licences => supply::check_licences(),
+        Task::Sbom { output } => supply::sbom(output.as_deref()),
         Task::Bench { what, json, rounds } => bench::run(what, json, rounds),
         Task::Programs(options) => programs::run(&options),
         Task::Soak(options) => soak::run(&options),

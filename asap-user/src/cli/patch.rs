@@ -9,7 +9,10 @@ use super::{
 };
 use crate::{
     agent::DEFAULT_IDLE_EXIT,
-    report::{Consistency, Failure, Mechanism, PatchReport, PatchRequest, Reply, Request, ScopedRequest, ScopedWork},
+    report::{
+        Consistency, Failure, FailureKind, Mechanism, PatchReport, PatchRequest, Reply, Request, ScopedRequest,
+        ScopedWork,
+    },
 };
 use std::{path::PathBuf, time::Duration};
 
@@ -93,6 +96,12 @@ impl PatchOptions {
 
     /// The request, with the files read.
     pub fn request(self, dry_run: bool) -> Result<Request, Failure> {
+        if self.selectors.is_given() {
+            return Err(Failure {
+                kind: FailureKind::Usage,
+                ..Failure::refused("this command is about one target", "asap patch --dry-run, with the selector")
+            });
+        }
         self.patch_request(dry_run).map(Request::Patch)
     }
 

@@ -48,6 +48,11 @@ impl Selectors {
             .or(all_with_build_id.map(Selector::BuildId))
     }
 
+    /// Whether one was given.
+    pub fn is_given(&self) -> bool {
+        self.selector().is_some()
+    }
+
     /// Whether what can't be done to all is to be done to none.
     pub const fn all_or_none(&self) -> bool {
         self.all_or_none
