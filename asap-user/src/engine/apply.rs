@@ -261,6 +261,7 @@ impl Work<'_> {
                 "use --mechanism auto, or leave first: asap sandbox leave",
             ));
         }
+        refuse_guarded(process)?;
         let (modules, functions) = self.plan(process, images)?;
         let replaced = self.replaced(process)?;
         let staged = stage::stage(process, &modules, &functions, self.wanted.object, self.identity)?;
@@ -340,6 +341,7 @@ impl Work<'_> {
         images: &mut ImageCache,
         observers: &Observers,
     ) -> Result<(ProcessPatchReport, InstalledPatch), Failure> {
+        refuse_guarded(process)?;
         let (modules, functions) = self.plan(process, images)?;
         let replaced = self.replaced(process)?;
         let staged = stage::stage(process, &modules, &functions, self.wanted.object, self.identity)?;
@@ -382,4 +384,15 @@ fn regions_of(process: &TargetProcess, patch: &AppliedPatch, replaced: &[Applied
         }
     }
     regions
+}
+
+/// Translated code counts on each of its pages: a page with a jump of ours does not copy the return addresses that others compare.
+fn refuse_guarded(process: &TargetProcess) -> Result<(), Failure> {
+    match &process.book.ledger.sandbox {
+        Some(record) if record.area.is_some() => Err(Failure::refused(
+            format!("process {} is checked by guards of the sandbox, which a patch would break", process.pid),
+            "leave first (asap sandbox leave), patch, and enter again",
+        )),
+        _ => Ok(()),
+    }
 }

@@ -196,6 +196,54 @@ fn libraries_come_and_go() {
 }
 
 #[test]
+fn a_process_goes_in_and_out_under_all_guards_while_it_works() {
+    let Some(lab) = Lab::new("a_process_goes_in_and_out_under_all_guards_while_it_works") else { return };
+    let target = workers();
+    target.ask("call 1");
+    let before = Snapshot::of(target.pid());
+    let fix = lab.object("int victim(int x) { return x + 2; }");
+    for _ in 0..3 {
+        let pid = target.pid_text();
+        let inside = sandbox(&lab, &["enter", "--pid", &pid, "--guards", "shadow-stack,cfi,nx,syscalls"]);
+        lab.agent();
+        assert!(inside.processes[0].inside, "{inside:?}");
+        assert_well(&target, "under all guards");
+        let told = sandbox(&lab, &["status"]);
+        assert!(told.families[0].pages > 0 && told.families[0].fragments > 0, "{told:?}");
+        assert_eq!(told.families[0].violation_count, 0, "{told:?}");
+        let refused = lab.asap(&["patch", "--function", "victim", &fix]);
+        assert_eq!((refused.code, target.number("call 1")), (1, 2), "{refused:?}");
+        assert!(!sandbox(&lab, &["leave"]).processes[0].inside);
+        assert_well(&target, "outside again");
+        assert_eq!(curtains(target.pid()), 0);
+    }
+    lab.detach(&[]);
+    Snapshot::of(target.pid()).assert_same(&before, "under all guards");
+}
+
+#[test]
+fn who_is_guarded_lives_on_without_an_agent_and_is_guarded_by_the_next() {
+    let Some(lab) = Lab::new("who_is_guarded_lives_on_without_an_agent_and_is_guarded_by_the_next") else { return };
+    let target = workers();
+    target.ask("call 1");
+    let before = Snapshot::of(target.pid());
+    let pid = target.pid_text();
+    sandbox(&lab, &["enter", "--pid", &pid, "--guards", "shadow-stack,cfi"]);
+    for _ in 0..3 {
+        lab.agent();
+        assert_well(&target, "guarded");
+        lab.kill_agent();
+        assert_well(&target, "without an agent");
+        lab.attach(target.pid());
+        let told = sandbox(&lab, &["status"]);
+        assert!(told.processes[0].inside && told.families[0].pages > 0, "{told:?}");
+    }
+    sandbox(&lab, &["leave"]);
+    lab.detach(&[]);
+    Snapshot::of(target.pid()).assert_same(&before, "after agents died");
+}
+
+#[test]
 fn patches_go_in_and_out_in_the_sandbox_and_stay_when_it_is_left() {
     let Some(lab) = Lab::new("patches_go_in_and_out_in_the_sandbox_and_stay_when_it_is_left") else { return };
     let target = workers();

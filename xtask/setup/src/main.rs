@@ -9,7 +9,7 @@ use std::{
 
 fn main() -> ExitCode {
     match tasks() {
-        Ok(never) => match never {},
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
@@ -17,8 +17,11 @@ fn main() -> ExitCode {
     }
 }
 
-fn tasks() -> Result<std::convert::Infallible> {
+fn tasks() -> Result<()> {
     xtask_setup::run()?;
+    if std::env::args_os().skip(1).eq(["setup"]) {
+        return Ok(());
+    }
     let mut tasks = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     tasks.args(["run", "--quiet", "--package", "xtask", "--"]).args(std::env::args_os().skip(1));
     // Set for this program by the cargo that runs it.
