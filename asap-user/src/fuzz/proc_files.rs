@@ -21,7 +21,7 @@ pub(super) fn check(bytes: &[u8]) {
     let _ = (signals.handler_is_due(), signals.catches(i32::MIN), signals.catches(64));
     let _ = (info::parse_innermost_number(status), info::parse_thread_group(status));
     let _ = quiesce::parse_thread_files(&text);
-    for at in [0, 0x1000, u64::MAX & !0xfff] {
+    for at in [0, 0x1000, !0xfff_u64] {
         let _ = Lock::parse(&text, TargetAddr(at));
     }
 }

@@ -199,7 +199,7 @@ mod tests {
         let thread = std::thread::spawn(move || {
             // Cut in the middle of a character, as long names are.
             // SAFETY: the name ends with NUL.
-            unsafe { libc::prctl(libc::PR_SET_NAME, b"f\xc3\xbcr ) Z \xc3\0".as_ptr()) };
+            unsafe { libc::prctl(libc::PR_SET_NAME, c"f\xc3\xbcr ) Z \xc3".as_ptr()) };
             // SAFETY: no memory is involved.
             tell.send(unsafe { libc::gettid() }).expect("the test listens");
             let _ = woken.recv();
