@@ -3,7 +3,7 @@
 //! at once and for good. Nobody else waits.
 //!
 //! What lies behind a page may be made when it is opened ([`Pages`]): nobody has run it before. There may be pages that are never
-//! opened; who comes there waits for somebody who is told ([`Curtain::take_caught`]).
+//! opened; who comes there waits for somebody who is told ([`Caught`]).
 //!
 //! userfaultfd(2) in MINOR mode, with all content in place from the beginning: when the agent dies, every page is open (P1). That
 //! it does not hang is the watchdog's business, to which the readers of all curtains say once a second that they live. A child

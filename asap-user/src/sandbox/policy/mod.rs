@@ -34,7 +34,7 @@ pub enum PolicyError {
     Unfit {
         /// The line, where it came as text.
         line: Option<usize>,
-        /// The key, as in "syscalls.rules[0].when[1]".
+        /// The key, as in `syscalls.rules[0].when[1]`.
         key: String,
         /// What does not fit.
         what: String,
