@@ -230,6 +230,10 @@ impl Walk {
             kill(agent);
         }
         if matches!(fault.deed, Deed::Kill | Deed::Stop) {
+            if failed.is_some() {
+                // Killed, by us or by the watchdog, and not gone yet.
+                wait_until("the agent ends", || !runs(agent) || is_stopped(agent));
+            }
             if !runs(agent) || is_stopped(agent) {
                 reached = true;
                 self.lab.wait_for_the_end_of(agent);
@@ -312,7 +316,8 @@ impl Walk {
 fn do_to(target: &Fixture, deed: Deed) {
     match deed {
         Deed::Kill | Deed::Stop | Deed::Error => {}
-        Deed::Exit => target.kill(),
+        // Not waited for: whoever is traced can be, only when its tracer has heard of its end.
+        Deed::Exit => kill(target.pid()),
         Deed::Exec => target.tell("exec"),
         Deed::Fork => target.tell("fork 2"),
         Deed::Threads => target.tell("short-lived 100"),
