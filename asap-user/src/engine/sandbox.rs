@@ -147,8 +147,15 @@ pub fn recover(process: &mut TargetProcess, observers: &Observers) -> Result<(),
         return Ok(());
     }
     let guarded = Guarded::of(&found);
-    let settled = with_host(process, observers, |host, _| sandbox::settle(host, found));
-    let settled = settled.map_err(|error| failure(process, error))?;
+    let settled = match with_host(process, observers, |host, _| sandbox::settle(host, found)) {
+        // They wait in the kernel, where the agent that has died could have moved them. Its native code is back; what is left is tried
+        // again when it leaves.
+        Err(SandboxError::Busy(tids)) => {
+            tracing::warn!(pid = process.pid, ?tids, "threads are still in code that a dead agent has translated");
+            return look_behind(process);
+        }
+        settled => settled.map_err(|error| failure(process, error))?,
+    };
     look_behind(process)?;
     process.refresh_gadgets()?;
     let Some(record) = settled else { return Ok(()) };
@@ -165,7 +172,10 @@ pub fn recover(process: &mut TargetProcess, observers: &Observers) -> Result<(),
     crate::fault::point("sandbox.recovered");
     if !is_kept {
         // Its agent has died, and its guards let everybody pass since then.
-        leave(process, observers)?;
+        if let Err(failure) = leave(process, observers) {
+            tracing::warn!(pid = process.pid, %failure, "it can't be guarded again yet");
+            return Ok(());
+        }
         return enter(process, observers, &guarded);
     }
     follow(process, observers)

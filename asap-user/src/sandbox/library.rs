@@ -76,13 +76,13 @@ pub fn known(device: &str, inode: u64, image: &Arc<Image>) -> Arc<Known> {
     let mut landing_pads: Vec<ImageOffset> = view.landing_pads.iter().map(|(_, pad)| *pad).collect();
     landing_pads.sort_unstable();
     landing_pads.dedup();
-    let made = Arc::new(Known {
-        analysis: Arc::new(Analysis::of(&view)),
-        targets: targets::known(image),
-        landing_pads,
-        untouched: Vec::new(),
-        image: Arc::clone(image),
-    });
+    let analysis = Arc::new(Analysis::of(&view));
+    // Hand-written code has neither symbols nor unwind tables; what takes its address is seen in the code.
+    let mut targets = targets::known(image);
+    targets.extend(analysis.destinations());
+    targets.sort_unstable();
+    targets.dedup();
+    let made = Arc::new(Known { analysis, targets, landing_pads, untouched: Vec::new(), image: Arc::clone(image) });
     let mut library = library();
     let library = library.get_or_insert_default();
     library.books.insert(key, Arc::downgrade(&made));
