@@ -79,7 +79,8 @@ pub fn known(device: &str, inode: u64, image: &Arc<Image>) -> Arc<Known> {
     let analysis = Arc::new(Analysis::of(&view));
     // Hand-written code has neither symbols nor unwind tables; what takes its address is seen in the code.
     let mut targets = targets::known(image);
-    targets.extend(analysis.destinations());
+    let is_nobodys = |at: &ImageOffset| image.function_at(*at).is_none();
+    targets.extend(analysis.destinations().into_iter().filter(is_nobodys));
     targets.sort_unstable();
     targets.dedup();
     let made = Arc::new(Known { analysis, targets, landing_pads, untouched: Vec::new(), image: Arc::clone(image) });
