@@ -75,7 +75,8 @@ fn say_as(lab: &Lab, user: u32, what: &str) -> std::io::Result<String> {
     let mut child = Command::new("python3");
     let script = format!(
         "import socket,sys\ns=socket.socket(socket.AF_UNIX)\ns.settimeout(20)\ns.connect({:?})\ns.sendall(sys.stdin.buffer.read())\n\
-         data=s.recv(65536)\nsys.stdout.buffer.write(data)",
+         data=b''\nwhile b'status' not in data:\n more=s.recv(65536)\n if not more: break\n data+=more\n\
+         sys.stdout.buffer.write(data)",
         socket.to_str().expect("ASCII")
     );
     child.args(["-c", &script]).uid(user).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
